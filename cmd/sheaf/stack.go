@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/openfaas/faas-provider/types"
+
+	"github.com/sheaf-project/sheaf/local"
+)
+
+// functionCommand is the hidden command that runs a function in this binary.
+const functionCommand = "function"
+
+// Images of the functions in this binary.
+const (
+	masterImage = "sheaf/master"
+	workerImage = "sheaf/worker"
+)
+
+// maxWorkers is how many worker replicas the local stack runs at most.
+const maxWorkers = local.MaxReplicas
+
+// defaultWorkers is how many worker replicas run when nobody says: enough to
+// have something to scatter over.
+func defaultWorkers() int { return max(4, runtime.NumCPU()) }
+
+// command says how a replica of an image is started.
+func command(image string) ([]string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	switch image {
+	case masterImage:
+		return []string{self, functionCommand, "master"}, nil
+	case workerImage:
+		return []string{self, functionCommand, "worker"}, nil
+	}
+	return nil, fmt.Errorf("image %q is not known here; the local provider has %s and %s", image, masterImage, workerImage)
+}
+
+// stack is a local stack with master and worker on it.
+type stack struct {
+	*local.Stack
+	ready atomic.Bool // master and worker are warm
+}
+
+// start starts a local stack at the port, or at any free one if that is taken
+// and may be another, and deploys master and worker.
+func start(ctx context.Context, port int, orAny bool, workers int, s std, verbose bool) (*stack, error) {
+	st := &stack{}
+	cfg := local.Config{Port: port, Command: command, Version: version, Log: logger(s.err, verbose),
+		Healthy: func() error {
+			if !st.ready.Load() {
+				return errors.New("master and worker are starting; ask again")
+			}
+			return nil
+		}}
+	var err error
+	st.Stack, err = local.Start(cfg)
+	if errors.Is(err, syscall.EADDRINUSE) && orAny {
+		cfg.Port = 0
+		if st.Stack, err = local.Start(cfg); err == nil {
+			fmt.Fprintf(s.err, "port %d is taken; the gateway is at %s\n", port, st.URL)
+		}
+	}
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("port %d is taken; name another with --port, or 0 for any free one", port)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := st.deploy(ctx, workers); err != nil {
+		st.Close()
+		return nil, err
+	}
+	return st, nil
+}
+
+// logger logs what matters, or everything.
+func logger(w io.Writer, verbose bool) *slog.Logger {
+	level := slog.LevelError
+	if verbose {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+func (st *stack) deploy(ctx context.Context, workers int) error {
+	labels := func(least int) *map[string]string {
+		return &map[string]string{local.LabelMin: fmt.Sprint(least), local.LabelMax: fmt.Sprint(maxWorkers)}
+	}
+	for _, spec := range []types.FunctionDeployment{{
+		Service: "master", Image: masterImage, Labels: labels(1),
+		EnvVars: map[string]string{"nats_url": st.NATS, "gateway_url": st.URL, "worker_function": "worker",
+			"GOMEMLIMIT": "44MiB", "GOGC": "50"},
+	}, {
+		Service: "worker", Image: workerImage, Labels: labels(workers),
+		EnvVars: map[string]string{"GOMEMLIMIT": "32MiB"},
+	}} {
+		if err := st.Client().Deploy(ctx, spec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// warm waits until as many replicas are ready as were deployed.
+func (st *stack) warm(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("master and worker were not ready within a minute"))
+	defer cancel()
+	for {
+		ready := true
+		for _, name := range []string{"master", "worker"} {
+			ok := false
+			for _, r := range st.Registry.Records() {
+				ok = ok || r.Function == name+"."+local.Namespace && r.Desired > 0 && len(r.View().Replicas) >= r.Desired
+			}
+			ready = ready && ok
+		}
+		if ready {
+			st.ready.Store(true)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case err := <-st.Failed():
+			return err
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// up is the command that keeps a stack running.
+func up(ctx context.Context, args []string, s std) error {
+	f := flags(s, "up", "up [FLAGS]", "sheaf up --port 8080 --workers 4")
+	port := f.Int("port", 8080, "to listen at, on 127.0.0.1; 0 means any free `port`")
+	workers := f.Int("workers", defaultWorkers(), "`number` of worker replicas")
+	verbose := f.Bool("verbose", false, "log what happens")
+	rest, err := parse(f, args)
+	switch {
+	case err != nil:
+		return err
+	case len(rest) > 0:
+		return usagef("up takes no argument, and got %q", rest[0])
+	case *port < 0 || *port > 65535:
+		return usagef("--port is %d, and must be from 0 to 65535", *port)
+	case *workers < 1 || *workers > maxWorkers:
+		return usagef("--workers is %d, and must be from 1 to %d", *workers, maxWorkers)
+	}
+	given := false
+	f.Visit(func(fl *flag.Flag) { given = given || fl.Name == "port" })
+	begun := time.Now()
+	st, err := start(ctx, *port, !given, *workers, s, *verbose)
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	if err := st.warm(ctx); err != nil {
+		return err
+	}
+	fmt.Fprintf(s.err, `sheaf is up at %[1]s after %[2]v: master, and worker with %[3]d replicas. End it with ^C.
+
+Try, in another terminal:
+  curl --data-binary @README.md %[1]s/function/master
+  curl -F file=@README.md -H 'Accept: application/json' '%[1]s/function/master?block=300'
+  curl -N --data-binary @README.md -H 'Accept: application/x-ndjson' %[1]s/function/master
+  sheaf ps --watch --gateway %[1]s
+`, st.URL, time.Since(begun).Round(time.Millisecond), *workers)
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-st.Failed():
+		return err
+	}
+}

@@ -1,0 +1,295 @@
+// Package serve is the process around a function: it listens, tells its
+// identity, health and readiness, bounds what is in flight, and drains when it
+// is told to end. It takes the place of a watchdog in the image, so it answers
+// the paths that one answers.
+//
+//	/_/health   200 as long as the process lives
+//	/_/ready    200; 429 when max_inflight calls are running, 503 while draining
+//	/_/sheaf    who this is, as JSON: function, replica, version, wire, inflight
+//
+// Everything else goes to the function's handler.
+package serve
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+// A Server runs one replica of a function. Its fields must not change once Run
+// or Serve is called.
+type Server struct {
+	Handler http.Handler // the function; must be set
+	Addr    string       // to listen at; "" means ":8080"
+	// Function and Replica are who this is; an empty Function is not known, an
+	// empty Replica is nobody in particular.
+	Function, Replica string
+	Version           string // of the function, told at /_/sheaf
+	MaxInflight       int    // calls at once; 0 means any number
+	// Linger is how long new calls are still taken after the order to end,
+	// while those who send them learn of it. 0 means not at all.
+	Linger time.Duration
+	// Grace is how long running calls then have to end. 0 means 30 seconds.
+	Grace time.Duration
+	Log   *slog.Logger // nil means slog.Default
+
+	inflight atomic.Int64
+	draining atomic.Bool
+}
+
+// Env reads a Server from a function's environment: port (8080) or
+// sheaf_listen (host:port), max_inflight, healthcheck_interval (2s; the
+// Linger), write_timeout (the Grace), OPENFAAS_NAME or sheaf_function, and
+// sheaf_replica or HOSTNAME. The error names the variable, its value and what
+// was expected.
+func Env(getenv func(string) string) (*Server, error) {
+	v := Vars{Getenv: getenv}
+	s := &Server{
+		Addr:        ":" + strconv.Itoa(v.Int("port", 8080, 1, 65535)),
+		Function:    v.String("sheaf_function", v.String("OPENFAAS_NAME", "")),
+		Replica:     v.String("sheaf_replica", v.String("HOSTNAME", "")),
+		MaxInflight: v.Int("max_inflight", 0, 0, 1<<20),
+		Linger:      v.Duration("healthcheck_interval", 2*time.Second),
+		Grace:       v.Duration("write_timeout", 30*time.Second),
+	}
+	s.Addr = v.String("sheaf_listen", s.Addr)
+	return s, v.Err
+}
+
+// Vars reads variables of an environment and keeps the first error.
+type Vars struct {
+	Getenv func(string) string
+	Err    error
+}
+
+func (v *Vars) fail(name, value, expected string) {
+	if v.Err == nil {
+		v.Err = fmt.Errorf("environment variable %s is %q; expected %s", name, wire.Cut(value), expected)
+	}
+}
+
+// String returns the variable, or def when it is empty.
+func (v *Vars) String(name, def string) string {
+	if s := v.Getenv(name); s != "" {
+		return s
+	}
+	return def
+}
+
+// Int returns the variable, or def when it is empty.
+func (v *Vars) Int(name string, def, least, most int) int {
+	s := v.Getenv(name)
+	if s == "" {
+		return def
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < least || n > most {
+		v.fail(name, s, fmt.Sprintf("a whole number from %d to %d", least, most))
+	}
+	return n
+}
+
+// Duration returns the variable, "10s" or a bare number of seconds as
+// OpenFaaS's watchdogs take it, or def when it is empty.
+func (v *Vars) Duration(name string, def time.Duration) time.Duration {
+	s := v.Getenv(name)
+	if s == "" {
+		return def
+	}
+	if n, err := strconv.Atoi(s); err == nil && n >= 0 {
+		return time.Duration(n) * time.Second
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		v.fail(name, s, "a duration such as 30s or 2m")
+	}
+	return d
+}
+
+// Main runs a function to its end: it makes the Server, listens until SIGTERM
+// or SIGINT, drains, and returns the exit code of the process: 0, 1 when
+// serving failed, 2 when the environment is wrong. close is called at the end.
+func Main(build func(getenv func(string) string) (s *Server, stop func(), err error)) int {
+	s, stop, err := build(os.Getenv)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	defer stop()
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer cancel()
+	if err := s.Run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// Run listens at Addr and serves until ctx ends and the calls in flight have
+// ended, or Grace is over.
+func (s *Server) Run(ctx context.Context) error {
+	addr := s.Addr
+	if addr == "" {
+		addr = ":8080"
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	return s.Serve(ctx, l)
+}
+
+// Serve is Run on a listener that is open already; it closes it.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	log := s.Log
+	if log == nil {
+		log = slog.Default()
+	}
+	base, cut := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cut(nil)
+	srv := &http.Server{
+		Handler:           s,
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ReadHeaderTimeout: 5 * time.Second,
+		IdleTimeout:       3 * time.Minute, // longer than a route keeps an idle connection
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	s.draining.Store(true)
+	if s.Linger > 0 {
+		time.Sleep(s.Linger)
+	}
+	grace := s.Grace
+	if grace <= 0 {
+		grace = 30 * time.Second
+	}
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+	defer cancel()
+	err := srv.Shutdown(last)
+	if err != nil {
+		n := s.inflight.Load()
+		cut(fmt.Errorf("function ends: %w", err))
+		_ = srv.Close() // it is what Shutdown could not do
+		err = fmt.Errorf("drain: %d calls were cut after %v; raise write_timeout to give them longer", n, grace)
+	}
+	if e := <-served; !errors.Is(e, http.ErrServerClosed) {
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+// ServeHTTP answers the paths under /_/ and passes the rest to Handler, unless
+// it is another replica's mail (421) or one call too many (429).
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if s.Replica != "" {
+		w.Header()[wire.Replica] = []string{s.Replica}
+	}
+	switch r.URL.Path {
+	case "/_/health":
+		s.say(w, http.StatusOK, "ok")
+		return
+	case "/_/ready":
+		s.ready(w)
+		return
+	case "/_/sheaf":
+		s.identity(w)
+		return
+	}
+	if p := s.misdirected(r); p != nil {
+		p.Write(w)
+		return
+	}
+	n := s.inflight.Add(1)
+	defer s.inflight.Add(-1)
+	if s.MaxInflight > 0 && n > int64(s.MaxInflight) {
+		busy(s.MaxInflight).Write(w)
+		return
+	}
+	s.Handler.ServeHTTP(w, r)
+}
+
+func busy(limit int) *wire.Problem {
+	return wire.Refuse(http.StatusTooManyRequests, wire.CodeBusy,
+		fmt.Sprintf("the replica already runs %d calls, the limit that max_inflight sets; wait, or add replicas", limit)).
+		Within(limit).After(50 * time.Millisecond)
+}
+
+func (s *Server) ready(w http.ResponseWriter) {
+	switch {
+	case s.draining.Load():
+		wire.Refuse(http.StatusServiceUnavailable, wire.CodeDraining,
+			"the replica is about to end and takes no new calls").After(time.Second).Write(w)
+	case s.MaxInflight > 0 && s.inflight.Load() >= int64(s.MaxInflight):
+		busy(s.MaxInflight).Write(w)
+	default:
+		s.say(w, http.StatusOK, "ready")
+	}
+}
+
+func (s *Server) say(w http.ResponseWriter, status int, word string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("Content-Length", strconv.Itoa(len(word)+1))
+	w.WriteHeader(status)
+	_, _ = fmt.Fprintln(w, word) // a prober that left needs no answer
+}
+
+// An Identity is what /_/sheaf tells.
+type Identity struct {
+	Function    string `json:"function"`
+	Replica     string `json:"replica"`
+	Version     string `json:"version"`
+	Wire        int    `json:"wire"`
+	Inflight    int64  `json:"inflight"`
+	MaxInflight int    `json:"max_inflight"`
+	Draining    bool   `json:"draining"`
+}
+
+func (s *Server) identity(w http.ResponseWriter) {
+	body, err := json.Marshal(Identity{
+		Function: s.Function, Replica: s.Replica, Version: s.Version, Wire: wire.Version,
+		Inflight: s.inflight.Load(), MaxInflight: s.MaxInflight, Draining: s.draining.Load(),
+	})
+	if err != nil {
+		wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error()).Write(w)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	_, _ = w.Write(body)
+}
+
+// misdirected refuses a request that names another addressee: an address may
+// have passed to another replica, or to another function.
+func (s *Server) misdirected(r *http.Request) *wire.Problem {
+	if r.Header[wire.To] == nil {
+		return nil
+	}
+	e, err := wire.Open(r.Header)
+	if err != nil {
+		return wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
+	}
+	if s.Replica != "" && e.Replica != s.Replica || s.Function != "" && e.Function != s.Function {
+		return wire.Refuse(http.StatusMisdirectedRequest, wire.CodeMisdirected,
+			fmt.Sprintf("this is replica %s of %s, the request is for %s of %s",
+				s.Replica, s.Function, wire.Cut(e.Replica), wire.Cut(e.Function)))
+	}
+	return nil
+}

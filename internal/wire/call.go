@@ -1,0 +1,228 @@
+package wire
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/sheaf-project/sheaf"
+)
+
+// DefaultMaxReply is how long an answer may be, in bytes, when a Caller does
+// not say: 64 MiB.
+const DefaultMaxReply = 64 << 20
+
+// A Caller sends requests as HTTP messages and judges the answers. Its fields
+// must not change once it is used; it may be used concurrently.
+type Caller struct {
+	// HTTP does the transport. It must not follow redirects nor decompress;
+	// NewHTTP makes one.
+	HTTP *http.Client
+	// MaxReply is how long an answer may be, in bytes; 0 means 64 MiB.
+	MaxReply int64
+
+	proved sync.Map // of functions: an answer carried a digest
+}
+
+// NewHTTP returns a client for calls to replicas: connections are kept alive,
+// perHost of them idle for each address; redirects are not followed (a replica
+// could send a block anywhere), answers are not decompressed, and no proxy
+// from the environment stands between.
+func NewHTTP(perHost int) *http.Client {
+	return &http.Client{
+		Transport: &http.Transport{
+			DialContext:           (&net.Dialer{Timeout: 3 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+			MaxIdleConns:          4096,
+			MaxIdleConnsPerHost:   perHost,
+			IdleConnTimeout:       90 * time.Second,
+			DisableCompression:    true,
+			ResponseHeaderTimeout: 0, // the attempt's deadline ends it
+			WriteBufferSize:       32 << 10,
+			ReadBufferSize:        32 << 10,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// Post sends req to url and returns the answer, or a *sheaf.CallError.
+//
+// Status 200 alone is not trusted: through a watchdog or a proxy the answer of
+// a replica that died half-way looks like a clean 200 with a short body. The
+// digest that the replica put into the header decides. An answer without one
+// is taken, as unverified, only if its body is not empty and no answer of this
+// function was ever proved.
+func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*sheaf.Reply, error) {
+	fail := func(f sheaf.Fault, status int, err error) (*sheaf.Reply, error) {
+		return nil, &sheaf.CallError{Fault: f, Status: status, From: req.To.ID, Err: err}
+	}
+	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(req.Body))
+	if err != nil {
+		return fail(sheaf.FaultRefused, 0, err)
+	}
+	if len(req.Body) == 0 {
+		hr.Body, hr.ContentLength = http.NoBody, 0
+	}
+	hr.GetBody = nil // a transport that sends again in silence would run the handler twice unseen
+	Seal(req, time.Now()).Write(hr.Header)
+	hr.Header["Content-Type"] = []string{"application/octet-stream"}
+	hr.Header[Digest] = []string{Sum(req.Body)}
+	resp, err := c.HTTP.Do(hr)
+	if err != nil {
+		if isRefused(err) {
+			return fail(sheaf.FaultRefused, 0, err)
+		}
+		return fail(sheaf.FaultLost, 0, err)
+	}
+	defer resp.Body.Close()
+	from := resp.Header.Get(Replica)
+	if req.To.ID != "" {
+		if from != "" && from != req.To.ID {
+			return fail(sheaf.FaultRefused, resp.StatusCode, fmt.Errorf("its address is now that of replica %s", Cut(from)))
+		}
+		from = req.To.ID
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, judge(resp, from)
+	}
+	limit := c.MaxReply
+	if limit <= 0 {
+		limit = DefaultMaxReply
+	}
+	if resp.ContentLength > limit {
+		return fail(sheaf.FaultRejected, 200, fmt.Errorf("answer of %d bytes is over the limit of %d", resp.ContentLength, limit))
+	}
+	body, err := readBody(resp, limit)
+	if err != nil {
+		return fail(sheaf.FaultLost, 200, fmt.Errorf("answer was cut after %d bytes: %w", len(body), err))
+	}
+	if int64(len(body)) > limit {
+		return fail(sheaf.FaultRejected, 200, fmt.Errorf("answer is over the limit of %d bytes", limit))
+	}
+	proved, err := Check(resp.Header, body)
+	switch {
+	case err != nil:
+		return fail(sheaf.FaultLost, 200, fmt.Errorf("answer of %d bytes: %w", len(body), err))
+	case proved:
+		c.proved.Store(req.Function, nil)
+	case len(body) == 0:
+		return fail(sheaf.FaultLost, 200, fmt.Errorf("%w and is empty", sheaf.ErrUnverified))
+	default:
+		if _, others := c.proved.Load(req.Function); others {
+			return fail(sheaf.FaultLost, 200, fmt.Errorf("%w, and others of this function do", sheaf.ErrUnverified))
+		}
+	}
+	return &sheaf.Reply{Body: body, From: from, Verified: proved}, nil
+}
+
+// readBody reads up to limit+1 bytes of an answer.
+func readBody(resp *http.Response, limit int64) ([]byte, error) {
+	if n := resp.ContentLength; n >= 0 {
+		body := make([]byte, 0, min(n, 1<<20)+1)
+		return readAll(resp.Body, body)
+	}
+	return readAll(io.LimitReader(resp.Body, limit+1), make([]byte, 0, 4096))
+}
+
+// readAll is io.ReadAll into a buffer that is given.
+func readAll(r io.Reader, b []byte) ([]byte, error) {
+	for {
+		if len(b) == cap(b) {
+			b = append(b, 0)[:len(b)]
+		}
+		n, err := r.Read(b[len(b):cap(b)])
+		b = b[:len(b)+n]
+		if err == io.EOF {
+			return b, nil
+		}
+		if err != nil {
+			return b, err
+		}
+	}
+}
+
+// judge makes an error of an answer that is not 200.
+func judge(resp *http.Response, from string) error {
+	snippet, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // what could be read is good enough for a message
+	e := &sheaf.CallError{Status: resp.StatusCode, From: from, Err: errors.New(reason(resp, snippet))}
+	code := resp.Header.Get(Code)
+	// The gateway or a provider speaks, not the function.
+	platform := resp.Header.Get("X-Openfaas-Internal") != ""
+	switch s := resp.StatusCode; {
+	case s == http.StatusMisdirectedRequest:
+		e.Fault = sheaf.FaultRefused // somebody else lives there now
+	case s == http.StatusTooManyRequests,
+		s == http.StatusServiceUnavailable && (resp.Header.Get("Retry-After") != "" || code == CodeDraining):
+		e.Fault = sheaf.FaultThrottled
+		e.RetryAfter = retryAfter(resp.Header, time.Now())
+	case code == CodeDeadline:
+		e.Fault = sheaf.FaultTimeout
+	case code == CodeDamaged, code == CodeTruncated:
+		e.Fault = sheaf.FaultLost
+	case s == http.StatusBadGateway, s == http.StatusServiceUnavailable, s == http.StatusGatewayTimeout,
+		s == http.StatusRequestTimeout, s == http.StatusTooEarly, s < 400:
+		e.Fault = sheaf.FaultLost
+	case s >= 500 && platform:
+		e.Fault = sheaf.FaultLost
+	case s >= 500:
+		e.Fault = sheaf.FaultTask
+	default:
+		e.Fault = sheaf.FaultRejected
+	}
+	return e
+}
+
+// reason is what the body of a refusal says, in one line.
+func reason(resp *http.Response, body []byte) string {
+	if strings.HasPrefix(resp.Header.Get("Content-Type"), ContentType) {
+		var p Problem
+		if json.Unmarshal(body, &p) == nil && p.Detail != "" {
+			return p.Detail
+		}
+	}
+	if loc := resp.Header.Get("Location"); loc != "" && resp.StatusCode < 400 {
+		return fmt.Sprintf("redirect to %q is not followed", Cut(loc))
+	}
+	line, _, _ := strings.Cut(strings.TrimSpace(string(body)), "\n")
+	if line == "" {
+		return http.StatusText(resp.StatusCode)
+	}
+	if len(line) > 200 {
+		line = line[:197] + "..."
+	}
+	return strconv.Quote(line)
+}
+
+// retryAfter reads how long to wait: our own milliseconds, or the standard's
+// seconds or date. 0 means that nothing was said.
+func retryAfter(h http.Header, now time.Time) time.Duration {
+	if ms, err := strconv.ParseInt(h.Get(RetryMS), 10, 32); err == nil && ms > 0 {
+		return time.Duration(ms) * time.Millisecond
+	}
+	v := h.Get("Retry-After")
+	if s, err := strconv.ParseInt(v, 10, 32); err == nil && s > 0 {
+		return time.Duration(s) * time.Second
+	}
+	if t, err := http.ParseTime(v); err == nil {
+		return max(0, t.Sub(now))
+	}
+	return 0
+}
+
+// isRefused says whether nothing was sent because nobody could be reached.
+func isRefused(err error) bool {
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return true
+	}
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && op.Op == "dial"
+}

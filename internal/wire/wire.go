@@ -1,0 +1,193 @@
+// Package wire is the one place that knows how sheaf's messages look on the
+// wire: header names, digests, problem bodies, and how a Request is an HTTP
+// message. docs/WIRE.md is its manual for other languages.
+//
+// It imports the standard library only, because workers are built on it.
+package wire
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sheaf-project/sheaf"
+)
+
+// Version is the version of the wire protocol, as /_/sheaf tells it.
+const Version = 1
+
+// Headers of a request that carries a block, and of its answer.
+const (
+	Job      = "Sheaf-Job"      // names the job
+	Block    = "Sheaf-Block"    // index of the block, from 0; in a broadcast the rank
+	Attempt  = "Sheaf-Attempt"  // at the block, from 1
+	To       = "Sheaf-To"       // function/replica: the addressee
+	Epoch    = "Sheaf-Epoch"    // of the view
+	Rank     = "Sheaf-Rank"     // of the addressee in the view, from 0
+	Size     = "Sheaf-Size"     // of the view
+	Deadline = "Sheaf-Deadline" // milliseconds left for the attempt, so clocks need not agree
+	Replica  = "Sheaf-Replica"  // in an answer: the ID of the replica that gave it
+	Digest   = "Content-Digest" // RFC 9530, sha-256 over the whole body, both ways
+	Code     = "Sheaf-Code"     // in a refusal: the code of its problem body
+	RetryMS  = "Sheaf-Retry"    // milliseconds, beside Retry-After, which counts seconds
+)
+
+// Headers of the answer of a master.
+const (
+	Blocks   = "Sheaf-Blocks"   // how many blocks the input made
+	Replicas = "Sheaf-Replicas" // how many replicas answered
+	Elapsed  = "Sheaf-Elapsed"  // from the first byte read to the last block merged, as in "12.5ms"
+)
+
+// Codes that a worker answers with and a route understands.
+const (
+	CodeDamaged      = "block_damaged"    // the body is not what its digest says
+	CodeMisdirected  = "wrong_replica"    // the request is another replica's
+	CodeBusy         = "busy"             // at max_inflight
+	CodeDraining     = "draining"         // about to end
+	CodeEnvelope     = "bad_envelope"     // a Sheaf- header that cannot be
+	CodeTooLarge     = "block_too_large"  // over the worker's limit
+	CodeRejected     = "block_rejected"   // by the handler
+	CodeFailed       = "handler_failed"   // the handler returned an error
+	CodePanicked     = "handler_panicked" // the handler panicked
+	CodeDeadline     = "deadline_exceeded"
+	CodeNotFound     = "not_found"
+	CodeMethod       = "method_not_allowed"
+	CodeTruncated    = "truncated_upload"
+	CodeSlow         = "upload_too_slow"
+	CodeNoFunction   = "function_not_found"
+	CodeNoReplicas   = "no_replicas"
+	CodeBadFunction  = "bad_function_name"
+	CodeUnreachable  = "replica_unreachable"
+	CodeBadParameter = "bad_parameter"
+)
+
+// An Envelope is what the headers of a request say about its body.
+type Envelope struct {
+	Job      string
+	Block    int
+	Attempt  int
+	Function string // of the addressee; "" when anybody may answer
+	Replica  string // ID of the addressee; "" when any replica may answer
+	Rank     int
+	Size     int // 0 when the sender knew no view
+	Epoch    uint64
+	Left     time.Duration // until the deadline; 0 when there is none
+}
+
+// Seal returns the envelope of req at the given time.
+func Seal(req *sheaf.Request, now time.Time) Envelope {
+	e := Envelope{Job: req.Job, Block: req.Index, Attempt: req.Attempt, Rank: req.Rank, Size: req.Size, Epoch: req.Epoch}
+	if req.To.ID != "" {
+		e.Function, e.Replica = req.Function, req.To.ID
+	}
+	if !req.Deadline.IsZero() {
+		e.Left = max(req.Deadline.Sub(now), time.Millisecond)
+	}
+	return e
+}
+
+// Write sets the headers of the envelope in h.
+func (e Envelope) Write(h http.Header) {
+	set := func(key, value string) { h[key] = []string{value} }
+	set(Job, e.Job)
+	set(Block, strconv.Itoa(e.Block))
+	set(Attempt, strconv.Itoa(e.Attempt))
+	if e.Replica != "" {
+		set(To, e.Function+"/"+e.Replica)
+	}
+	if e.Size > 0 {
+		set(Rank, strconv.Itoa(e.Rank))
+		set(Size, strconv.Itoa(e.Size))
+		set(Epoch, strconv.FormatUint(e.Epoch, 10))
+	}
+	if e.Left > 0 {
+		set(Deadline, strconv.FormatInt(max(1, e.Left.Milliseconds()), 10))
+	}
+}
+
+// Open reads the envelope from h. A request without Sheaf- headers is a plain
+// call by somebody who knows nothing of sheaf, and has the zero Envelope. The
+// error says which header cannot be, and why.
+func Open(h http.Header) (Envelope, error) {
+	var e Envelope
+	var err error
+	number := func(key string, most uint64) uint64 {
+		v := h.Get(key)
+		if v == "" {
+			return 0
+		}
+		n, bad := strconv.ParseUint(v, 10, 64)
+		if bad != nil || n > most {
+			err = fmt.Errorf("header %s is %q, and must be a number from 0 to %d", key, Cut(v), most)
+		}
+		return n
+	}
+	e.Block = int(number(Block, 1<<40))
+	e.Attempt = int(number(Attempt, 1<<30))
+	e.Rank = int(number(Rank, 1<<30))
+	e.Size = int(number(Size, 1<<30))
+	e.Epoch = number(Epoch, 1<<63)
+	e.Left = time.Duration(number(Deadline, 1<<40)) * time.Millisecond
+	if err != nil {
+		return Envelope{}, err
+	}
+	e.Job = h.Get(Job)
+	if len(e.Job) > 64 {
+		return Envelope{}, fmt.Errorf("header %s is %d bytes long, and may be 64", Job, len(e.Job))
+	}
+	if e.Size > 0 && e.Rank >= e.Size {
+		return Envelope{}, fmt.Errorf("header %s is %d, and must be below %s, which is %d", Rank, e.Rank, Size, e.Size)
+	}
+	if to := h.Get(To); to != "" {
+		function, replica, ok := strings.Cut(to, "/")
+		if !ok || replica == "" {
+			return Envelope{}, fmt.Errorf("header %s is %q, and must be function/replica", To, Cut(to))
+		}
+		e.Function, e.Replica = function, replica
+	}
+	return e, nil
+}
+
+// Cut shortens a value that came from outside to 64 bytes, for messages.
+func Cut(s string) string {
+	if len(s) > 64 {
+		return s[:61] + "..."
+	}
+	return s
+}
+
+// Sum returns the value of Content-Digest for body.
+func Sum(body []byte) string {
+	sum := sha256.Sum256(body)
+	b := make([]byte, 0, 64)
+	b = append(b, "sha-256=:"...)
+	b = base64.StdEncoding.AppendEncode(b, sum[:])
+	return string(append(b, ':'))
+}
+
+// errDigest says that a body is not what its digest says.
+var errDigest = errors.New("body does not match its Content-Digest")
+
+// Check compares body with the Content-Digest in h. proved is false when h has
+// none with an algorithm we know; the error is not nil when they differ.
+func Check(h http.Header, body []byte) (proved bool, err error) {
+	for _, field := range h[Digest] {
+		for part := range strings.SplitSeq(field, ",") {
+			name, value, ok := strings.Cut(strings.TrimSpace(part), "=")
+			if !ok || !strings.EqualFold(name, "sha-256") {
+				continue
+			}
+			if "sha-256="+value != Sum(body) {
+				return false, errDigest
+			}
+			return true, nil
+		}
+	}
+	return false, nil
+}

@@ -1,0 +1,448 @@
+package local
+
+// front.go is the HTTP face of the provider: what faas-cli and a gateway ask of
+// a provider (/system/...), and what clients ask of a gateway (/function/...).
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/openfaas/faas-provider/logs"
+	"github.com/openfaas/faas-provider/types"
+
+	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+// A Front serves a Provider over HTTP.
+type Front struct {
+	Provider *Provider
+	// Views answers /system/views: the record of replicas.
+	Views http.Handler
+	// Healthy says why the stack is not ready; nil means that it is.
+	Healthy func() error
+	// Version is told at /system/info.
+	Version string
+	// StartWait is how long a call waits for a first ready replica; 0 means
+	// 30 seconds.
+	StartWait time.Duration
+
+	mux   *http.ServeMux
+	proxy *httputil.ReverseProxy
+}
+
+// heartbeat is how often a stream of changes says that it lives.
+const heartbeat = 5 * time.Second
+
+// NewFront returns the front of p.
+func NewFront(p *Provider, version string) *Front {
+	f := &Front{Provider: p, Version: version, StartWait: startTimeout, mux: http.NewServeMux()}
+	f.proxy = &httputil.ReverseProxy{
+		Rewrite:      f.rewrite,
+		Transport:    &balancer{p, wire.NewHTTP(256).Transport},
+		ErrorHandler: f.unreachable,
+	}
+	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request){
+		"GET /healthz":                        f.health,
+		"GET /system/info":                    f.info,
+		"GET /system/namespaces":              func(w http.ResponseWriter, _ *http.Request) { reply(w, []string{Namespace}) },
+		"GET /system/functions":               func(w http.ResponseWriter, _ *http.Request) { reply(w, p.Functions()) },
+		"POST /system/functions":              func(w http.ResponseWriter, r *http.Request) { f.deploy(w, r, true) },
+		"PUT /system/functions":               func(w http.ResponseWriter, r *http.Request) { f.deploy(w, r, false) },
+		"DELETE /system/functions":            f.delete,
+		"GET /system/function/{name}":         f.status,
+		"POST /system/scale-function/{name}":  f.scale,
+		"GET /system/logs":                    f.logs,
+		"GET /system/replicas":                f.replicas,
+		"GET /system/replicas/{name}":         f.replicas,
+		"DELETE /system/replicas/{name}/{id}": f.kill,
+		"GET /system/views":                   func(w http.ResponseWriter, r *http.Request) { f.Views.ServeHTTP(w, r) },
+		"/":                                   notFound,
+	} {
+		f.mux.HandleFunc(pattern, h)
+	}
+	return f
+}
+
+func notFound(w http.ResponseWriter, r *http.Request) {
+	wire.Refuse(http.StatusNotFound, wire.CodeNotFound,
+		fmt.Sprintf("there is nothing at %q; functions are at /function/NAME, the provider at /system/", wire.Cut(r.URL.Path))).Write(w)
+}
+
+// ServeHTTP answers a request. Calls of functions do not pass the mux, which
+// would redirect what is not a clean path: a function sees its path as it was
+// sent, and ".." cannot reach another function.
+func (f *Front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if strings.HasPrefix(r.URL.Path, "/function/") {
+		f.invoke(w, r)
+		return
+	}
+	if strings.HasPrefix(r.URL.Path, "/system/") && !fromHere(r) {
+		wire.Refuse(http.StatusForbidden, "foreign_host",
+			"the provider's API is for this machine: the Host must be a loopback address, and no web page may call").Write(w)
+		return
+	}
+	f.mux.ServeHTTP(w, r)
+}
+
+// fromHere refuses what a web page could make a browser on this machine send:
+// a foreign Host (a name that was bound to loopback afterwards) or an Origin.
+func fromHere(r *http.Request) bool {
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	ip := net.ParseIP(strings.Trim(host, "[]"))
+	return (host == "localhost" || ip != nil && ip.IsLoopback()) && r.Header.Get("Origin") == ""
+}
+
+func reply(w http.ResponseWriter, v any) {
+	body, err := json.Marshal(v)
+	if err != nil {
+		wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error()).Write(w)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)+1))
+	_, _ = w.Write(append(body, '\n')) // a client that left needs no answer
+}
+
+// settle answers 202, or the refusal.
+func settle(w http.ResponseWriter, p *wire.Problem) {
+	if p != nil {
+		p.Write(w)
+		return
+	}
+	w.WriteHeader(http.StatusAccepted)
+}
+
+func (f *Front) health(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("X-Served-By", f.servedBy())
+	if f.Healthy != nil {
+		if err := f.Healthy(); err != nil {
+			wire.Refuse(http.StatusServiceUnavailable, "not_ready", err.Error()).After(time.Second).Write(w)
+			return
+		}
+	}
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	_, _ = fmt.Fprintln(w, "OK")
+}
+
+func (f *Front) info(w http.ResponseWriter, _ *http.Request) {
+	version := types.VersionInfo{Release: f.Version, SHA: "-"}
+	reply(w, map[string]any{
+		"provider": types.ProviderInfo{Name: ProviderName, Version: &version, Orchestration: "processes"},
+		"version":  version,
+		"arch":     runtime.GOARCH,
+	})
+}
+
+func (f *Front) servedBy() string { return ProviderName + "/" + f.Version }
+
+// ProviderName is what /system/info calls this provider.
+const ProviderName = "sheaf-local"
+
+// body reads the JSON body of a request to the provider.
+func body(r *http.Request, v any) *wire.Problem {
+	data, err := io.ReadAll(io.LimitReader(r.Body, 1<<20+1))
+	if err == nil && len(data) > 1<<20 {
+		return wire.Refuse(http.StatusRequestEntityTooLarge, "options_too_large", "the request is over 1 MiB").Within(1 << 20)
+	}
+	if err == nil {
+		err = json.Unmarshal(data, v)
+	}
+	if err != nil {
+		return wire.Refuse(http.StatusBadRequest, "bad_json", fmt.Sprintf("the request is not the JSON that is expected here: %v", err))
+	}
+	return nil
+}
+
+func (f *Front) deploy(w http.ResponseWriter, r *http.Request, create bool) {
+	var spec types.FunctionDeployment
+	p := body(r, &spec)
+	if p == nil {
+		p = f.Provider.Deploy(spec, create)
+	}
+	settle(w, p)
+}
+
+func (f *Front) delete(w http.ResponseWriter, r *http.Request) {
+	var req types.DeleteFunctionRequest
+	p := body(r, &req)
+	if p == nil {
+		p = f.Provider.Delete(req.FunctionName)
+	}
+	settle(w, p)
+}
+
+func (f *Front) status(w http.ResponseWriter, r *http.Request) {
+	name, here := split(r.PathValue("name"))
+	for _, s := range f.Provider.Functions() {
+		if s.Name == name && here {
+			reply(w, s)
+			return
+		}
+	}
+	f.Provider.unknown(name).Write(w)
+}
+
+func (f *Front) scale(w http.ResponseWriter, r *http.Request) {
+	var req types.ScaleServiceRequest
+	p := body(r, &req)
+	if p == nil {
+		name, _ := split(r.PathValue("name"))
+		p = f.Provider.Scale(name, int(min(req.Replicas, MaxReplicas)))
+	}
+	settle(w, p)
+}
+
+func (f *Front) kill(w http.ResponseWriter, r *http.Request) {
+	settle(w, f.Provider.Kill(r.PathValue("name"), r.PathValue("id")))
+}
+
+// logs answers as faas-provider's log handler does: lines of JSON.
+func (f *Front) logs(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	req := logs.Request{Name: q.Get("name"), Instance: q.Get("instance"), Follow: q.Get("follow") == "true" || q.Get("follow") == "1"}
+	var err error
+	if s := q.Get("tail"); s != "" {
+		req.Tail, err = strconv.Atoi(s)
+	}
+	if s := q.Get("since"); s != "" && err == nil {
+		var since time.Time
+		since, err = time.Parse(time.RFC3339, s)
+		req.Since = &since
+	}
+	if err != nil {
+		wire.Refuse(http.StatusUnprocessableEntity, wire.CodeBadParameter, fmt.Sprintf("log request: %v", err)).Write(w)
+		return
+	}
+	p := f.Provider
+	p.mu.Lock()
+	name, _ := split(req.Name)
+	fn := p.functions[name]
+	p.mu.Unlock()
+	if fn == nil {
+		p.unknown(req.Name).Write(w)
+		return
+	}
+	out := newLines(w)
+	fn.logs.query(r.Context(), req, func(m logs.Message) bool { return out.send(m) })
+}
+
+// lines sends values as lines of JSON, each at once.
+type lines struct {
+	w    io.Writer
+	ctrl *http.ResponseController
+}
+
+func newLines(w http.ResponseWriter) lines {
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	w.WriteHeader(http.StatusOK)
+	l := lines{w, http.NewResponseController(w)}
+	_ = l.ctrl.Flush() // as below
+	return l
+}
+
+func (l lines) send(v any) bool {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return false
+	}
+	if _, err = l.w.Write(append(body, '\n')); err != nil {
+		return false
+	}
+	return l.ctrl.Flush() == nil
+}
+
+// replicas tells where the replicas of one or all functions are, and with
+// watch=true again on each change: each line the whole of one function, a gone
+// one with desired -1, and an empty line of an object as heartbeat.
+func (f *Front) replicas(w http.ResponseWriter, r *http.Request) {
+	p := f.Provider
+	only, _ := split(r.PathValue("name"))
+	of := func(v sheaf.View) bool { return only == "" || v.Function == only+"."+Namespace }
+	views, version, changed, names := p.views(0)
+	if r.URL.Query().Get("watch") != "true" {
+		list := make([]sheaf.View, 0, len(views))
+		for _, v := range views {
+			if of(v) {
+				list = append(list, v)
+			}
+		}
+		switch {
+		case only == "":
+			reply(w, list)
+		case len(list) == 0:
+			p.unknown(only).Write(w)
+		default:
+			reply(w, list[0])
+		}
+		return
+	}
+	out := newLines(w)
+	tick := time.NewTicker(heartbeat)
+	defer tick.Stop()
+	known := map[string]bool{}
+	for {
+		here := map[string]bool{}
+		for _, name := range names {
+			here[name+"."+Namespace] = true
+		}
+		for name := range known {
+			if !here[name] {
+				views = append(views, sheaf.View{Function: name, Desired: -1})
+			}
+		}
+		known = here
+		for _, v := range views {
+			if of(v) && !out.send(v) {
+				return
+			}
+		}
+		select {
+		case <-changed:
+			views, version, changed, names = p.views(version)
+		case <-tick.C:
+			views = nil
+			if !out.send(sheaf.View{}) {
+				return
+			}
+		case <-r.Context().Done():
+			return
+		case <-p.ctx.Done():
+			return
+		}
+	}
+}
+
+// callKey is the context's key of the function that a call is for.
+type callKey struct{}
+
+// invoke passes a call on to a replica of the function.
+func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
+	name, _, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/function/"), "/")
+	name, here := split(name)
+	if p := CheckName(name); p != nil {
+		p.Write(w)
+		return
+	}
+	if !here {
+		f.Provider.unknown(name).Write(w)
+		return
+	}
+	if r.Header.Get("X-Call-Id") == "" {
+		id := rand.Text()
+		r.Header.Set("X-Call-Id", id)
+		w.Header().Set("X-Call-Id", id)
+	}
+	start := strconv.FormatInt(time.Now().UnixNano(), 10)
+	r.Header.Set("X-Start-Time", start)
+	w.Header().Set("X-Start-Time", start)
+	w.Header().Set("X-Served-By", f.servedBy())
+	// A function may answer while its input is still coming. Where that cannot
+	// be had, it answers after.
+	_ = http.NewResponseController(w).EnableFullDuplex()
+	f.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callKey{}, &call{name: name, wait: f.StartWait})))
+}
+
+type call struct {
+	name string
+	wait time.Duration
+}
+
+// rewrite leaves the function's name out of the path; the balancer fills in
+// the replica's address.
+func (f *Front) rewrite(pr *httputil.ProxyRequest) {
+	_, rest, _ := strings.Cut(strings.TrimPrefix(pr.In.URL.EscapedPath(), "/function/"), "/")
+	pr.Out.URL.Scheme, pr.Out.URL.Host = "http", "replica"
+	pr.Out.URL.RawPath = "/" + rest
+	if path, err := url.PathUnescape(pr.Out.URL.RawPath); err == nil {
+		pr.Out.URL.Path = path
+	}
+	pr.Out.Header["X-Forwarded-For"] = pr.In.Header["X-Forwarded-For"]
+	pr.SetXForwarded()
+}
+
+// unreachable answers for a replica that could not.
+func (f *Front) unreachable(w http.ResponseWriter, r *http.Request, err error) {
+	if p, ok := errors.AsType[*wire.Problem](err); ok {
+		p.Write(w)
+		return
+	}
+	w.Header().Set("X-OpenFaaS-Internal", "proxy")
+	name := r.Context().Value(callKey{}).(*call).name
+	if errors.Is(err, errNoReplica) {
+		wire.Refuse(http.StatusServiceUnavailable, wire.CodeNoReplicas,
+			fmt.Sprintf("no replica of %s became ready in time; see the function's log", name)).After(time.Second).Write(w)
+		return
+	}
+	wire.Refuse(http.StatusBadGateway, wire.CodeUnreachable,
+		fmt.Sprintf("the replica of %s that had the call ended before it answered: %v", name, err)).Write(w)
+}
+
+// balancer sends a call to the replica that has least to do, and to another
+// one if nothing listens there any more.
+type balancer struct {
+	p    *Provider
+	base http.RoundTripper
+}
+
+func (b *balancer) RoundTrip(req *http.Request) (*http.Response, error) {
+	c := req.Context().Value(callKey{}).(*call)
+	ctx, cancel := context.WithTimeout(req.Context(), c.wait)
+	defer cancel()
+	var tried []*replica
+	inbound := req.Body // the proxy closes it, when the answer is through
+	for {
+		r, err := b.p.take(ctx, c.name, tried)
+		if err != nil {
+			return nil, err
+		}
+		out := req.Clone(req.Context())
+		out.URL.Host = strings.TrimPrefix(r.URL, "http://")
+		if inbound != nil {
+			out.Body = io.NopCloser(inbound)
+		}
+		resp, err := b.base.RoundTrip(out)
+		if err == nil {
+			if resp.StatusCode == http.StatusSwitchingProtocols { // the proxy needs the connection itself
+				b.p.release(r)
+			} else {
+				resp.Body = &released{resp.Body, func() { b.p.release(r) }}
+			}
+			return resp, nil
+		}
+		b.p.release(r)
+		if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "dial" {
+			return nil, err
+		}
+		tried = append(tried, r)
+	}
+}
+
+// released is a body that gives its replica back when it is closed.
+type released struct {
+	io.ReadCloser
+	release func()
+}
+
+func (r *released) Close() error {
+	if r.release != nil {
+		r.release()
+		r.release = nil
+	}
+	return r.ReadCloser.Close()
+}

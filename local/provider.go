@@ -1,0 +1,426 @@
+// Package local is an OpenFaaS-compatible provider, with a gateway's front, on
+// this machine: functions are deployed, scaled and invoked by the API that
+// faas-cli speaks, and their replicas are processes of the operating system,
+// each with an address of its own.
+//
+// It is for development, tests and the first five minutes. It listens on
+// loopback only, needs no docker and no account, and leaves nothing running.
+// What OpenFaaS's providers do not tell, it tells: where replicas are
+// (GET /system/replicas).
+package local
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/openfaas/faas-provider/types"
+
+	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+// Namespace is the one namespace of a local provider.
+const Namespace = "openfaas-fn"
+
+// MaxReplicas bounds the replicas of a function; a function's label
+// com.openfaas.scale.max may bound it further.
+const MaxReplicas = 1000
+
+// Labels that bound the number of a function's replicas.
+const (
+	LabelMin = "com.openfaas.scale.min"
+	LabelMax = "com.openfaas.scale.max"
+)
+
+// A Provider runs functions. Make one with NewProvider.
+type Provider struct {
+	command func(image string) ([]string, error)
+	log     *slog.Logger
+	spawn   *spawner
+	probe   *http.Client
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu        sync.Mutex // guards what is below, and the functions
+	functions map[string]*function
+	changed   chan struct{} // closed, and made anew, at each change
+	version   uint64        // counts changes
+}
+
+// function is a deployed function.
+type function struct {
+	spec        types.FunctionDeployment
+	created     time.Time
+	desired     int
+	generation  int // of the spec
+	replicas    []*replica
+	invocations uint64
+	failures    int // replicas in a row that died young
+	version     uint64
+	logs        *logBook
+}
+
+// NewProvider returns a Provider without functions. command says how a replica
+// of an image is started; its error is told to whoever deploys. Close ends it.
+func NewProvider(command func(image string) (argv []string, err error), log *slog.Logger) *Provider {
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &Provider{
+		command: command, log: log, ctx: ctx, cancel: cancel,
+		spawn:     newSpawner(),
+		probe:     &http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}},
+		functions: make(map[string]*function),
+		changed:   make(chan struct{}),
+	}
+	return p
+}
+
+// Close ends all replicas, at once, and waits for them.
+func (p *Provider) Close() {
+	p.cancel()
+	p.wg.Wait()
+	p.spawn.close()
+}
+
+// touch tells the watchers that f changed. p.mu is held.
+func (p *Provider) touch(f *function) {
+	p.version++
+	if f != nil {
+		f.version = p.version
+	}
+	close(p.changed)
+	p.changed = make(chan struct{})
+}
+
+var functionName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+// CheckName refuses what cannot be the name of a function.
+func CheckName(name string) *wire.Problem {
+	if !functionName.MatchString(name) {
+		return wire.Refuse(http.StatusUnprocessableEntity, wire.CodeBadFunction,
+			fmt.Sprintf("function name %q must be 1 to 63 lower-case letters, digits and inner hyphens", wire.Cut(name))).About("service")
+	}
+	return nil
+}
+
+func (p *Provider) unknown(name string) *wire.Problem {
+	return wire.Refuse(http.StatusNotFound, wire.CodeNoFunction,
+		fmt.Sprintf("function %q is not deployed; deploy it, or see /system/functions for those that are", wire.Cut(name)))
+}
+
+// Deploy creates a function, or changes it when create is false.
+func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Problem {
+	if bad := CheckName(spec.Service); bad != nil {
+		return bad
+	}
+	if spec.Namespace != "" && spec.Namespace != Namespace {
+		return wire.Refuse(http.StatusForbidden, "namespace_not_allowed",
+			fmt.Sprintf("namespace %q is not allowed; a local provider has only %s", wire.Cut(spec.Namespace), Namespace)).About("namespace")
+	}
+	if _, err := p.command(spec.Image); err != nil {
+		return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
+	}
+	least, _, err := bounds(spec)
+	if err != nil {
+		return wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, err.Error()).About("labels")
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.functions[spec.Service]
+	switch {
+	case f == nil && !create:
+		return p.unknown(spec.Service)
+	case f == nil:
+		f = &function{created: time.Now().UTC(), logs: newLogBook()}
+		p.functions[spec.Service] = f
+	}
+	f.spec = spec
+	f.generation++
+	f.failures = 0
+	f.desired = max(least, f.desired)
+	p.touch(f)
+	p.reconcile(f)
+	return nil
+}
+
+// bounds reads how many replicas the labels allow.
+func bounds(spec types.FunctionDeployment) (least, most int, err error) {
+	least, most = 1, MaxReplicas
+	if spec.Labels == nil {
+		return least, most, nil
+	}
+	for label, n := range map[string]*int{LabelMin: &least, LabelMax: &most} {
+		if s := (*spec.Labels)[label]; s != "" {
+			if *n, err = strconv.Atoi(s); err != nil || *n < 0 || *n > MaxReplicas {
+				return 0, 0, fmt.Errorf("label %s is %q, and must be a number from 0 to %d", label, wire.Cut(s), MaxReplicas)
+			}
+		}
+	}
+	if least > most {
+		return 0, 0, fmt.Errorf("label %s is %d, above %s, which is %d", LabelMin, least, LabelMax, most)
+	}
+	return least, most, nil
+}
+
+// Delete removes a function: its replicas finish what they have and end.
+func (p *Provider) Delete(name string) *wire.Problem {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.functions[name]
+	if f == nil {
+		return p.unknown(name)
+	}
+	delete(p.functions, name)
+	f.desired = 0
+	p.touch(nil)
+	p.reconcile(f)
+	return nil
+}
+
+// Scale sets how many replicas a function shall have, within its labels.
+func (p *Provider) Scale(name string, n int) *wire.Problem {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.functions[name]
+	if f == nil {
+		return p.unknown(name)
+	}
+	_, most, err := bounds(f.spec)
+	if err != nil || n < 0 {
+		return wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, "replicas must be 0 or more").About("replicas")
+	}
+	f.desired = min(n, most)
+	p.touch(f)
+	p.reconcile(f)
+	return nil
+}
+
+// Kill ends a replica as kill -9 does.
+func (p *Provider) Kill(name, id string) *wire.Problem {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.functions[name]
+	if f == nil {
+		return p.unknown(name)
+	}
+	for _, r := range f.replicas {
+		if r.ID == id && r.process != nil {
+			r.process.kill()
+			return nil
+		}
+	}
+	return wire.Refuse(http.StatusNotFound, wire.CodeNotFound, fmt.Sprintf("function %s has no running replica %q", name, wire.Cut(id)))
+}
+
+// reconcile starts and drains replicas until there are as many of the present
+// generation as desired. Replicas of an older generation go as those of the
+// present one become ready. p.mu is held.
+func (p *Provider) reconcile(f *function) {
+	var current, old []*replica
+	ready := 0
+	for _, r := range f.replicas {
+		switch {
+		case r.State == sheaf.Draining:
+		case r.generation == f.generation:
+			current = append(current, r)
+			if r.State == sheaf.Ready {
+				ready++
+			}
+		default:
+			old = append(old, r)
+		}
+	}
+	for ; len(current) < f.desired; current = append(current, nil) {
+		p.begin(f)
+	}
+	for ; len(current) > f.desired; current = current[:len(current)-1] {
+		p.drain(f, current[len(current)-1])
+	}
+	for keep := max(0, f.desired-ready); len(old) > keep; old = old[1:] {
+		p.drain(f, old[0])
+	}
+}
+
+// begin adds a replica to f and starts it. p.mu is held.
+func (p *Provider) begin(f *function) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails
+	r := &replica{
+		Replica: sheaf.Replica{
+			Function: f.spec.Service, ID: f.spec.Service + "-" + hex.EncodeToString(b[:]),
+			State: sheaf.Starting, Since: time.Now().UTC(),
+		},
+		generation: f.generation,
+		spec:       f.spec,
+		end:        make(chan struct{}),
+	}
+	f.replicas = append(f.replicas, r)
+	pause := time.Duration(0)
+	if f.failures > 0 {
+		pause = min(50*time.Millisecond<<min(f.failures, 8), 10*time.Second)
+	}
+	p.wg.Go(func() { p.live(f, r, pause) })
+	p.touch(f)
+}
+
+// drain takes a replica out of the view and tells it to end. p.mu is held.
+func (p *Provider) drain(f *function, r *replica) {
+	r.State, r.Since = sheaf.Draining, time.Now().UTC()
+	close(r.end)
+	p.touch(f)
+}
+
+// youth is the age before which a replica's death counts as a failed start.
+const youth = time.Second
+
+// live is the life of one replica, from its start to its removal.
+func (p *Provider) live(f *function, r *replica, pause time.Duration) {
+	begun := time.Now()
+	err := errEnded
+	select {
+	case <-time.After(pause):
+		begun = time.Now()
+		err = p.process(f, r)
+	case <-r.end:
+	case <-p.ctx.Done():
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f.replicas = slices.DeleteFunc(f.replicas, func(o *replica) bool { return o == r })
+	if r.State != sheaf.Draining && p.ctx.Err() == nil {
+		if time.Since(begun) < youth && r.State != sheaf.Ready {
+			f.failures++
+		} else {
+			f.failures = 0
+		}
+		f.logs.add(r.Function, r.ID, fmt.Sprintf("replica ended: %v", err))
+		p.log.Info("replica ended", "function", r.Function, "replica", r.ID, "err", err)
+	}
+	p.touch(f)
+	p.reconcile(f)
+}
+
+// views returns a View of every function that changed after the given version,
+// with its replicas in all states.
+func (p *Provider) views(after uint64) (views []sheaf.View, version uint64, changed <-chan struct{}, names []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	names = slices.Sorted(maps.Keys(p.functions))
+	for _, name := range names {
+		if f := p.functions[name]; f.version > after {
+			views = append(views, f.view())
+		}
+	}
+	return views, p.version, p.changed, names
+}
+
+// view is the function's replicas in all states. p.mu is held.
+func (f *function) view() sheaf.View {
+	v := sheaf.View{Function: f.spec.Service + "." + Namespace, Desired: f.desired, Replicas: make([]sheaf.Replica, 0, len(f.replicas))}
+	for _, r := range f.replicas {
+		v.Replicas = append(v.Replicas, r.Replica)
+	}
+	return v
+}
+
+// status is the function as OpenFaaS tells it. p.mu is held.
+func (f *function) status() types.FunctionStatus {
+	s := f.spec
+	available := 0
+	for _, r := range f.replicas {
+		if r.State == sheaf.Ready {
+			available++
+		}
+	}
+	return types.FunctionStatus{
+		Name: s.Service, Image: s.Image, Namespace: Namespace, EnvProcess: s.EnvProcess, EnvVars: s.EnvVars,
+		Constraints: s.Constraints, Secrets: s.Secrets, Labels: s.Labels, Annotations: s.Annotations,
+		Limits: s.Limits, Requests: s.Requests, ReadOnlyRootFilesystem: s.ReadOnlyRootFilesystem,
+		InvocationCount: float64(f.invocations), Replicas: uint64(f.desired), AvailableReplicas: uint64(available),
+		CreatedAt: f.created,
+	}
+}
+
+// Functions lists the functions, by name.
+func (p *Provider) Functions() []types.FunctionStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := make([]types.FunctionStatus, 0, len(p.functions))
+	for _, name := range slices.Sorted(maps.Keys(p.functions)) {
+		list = append(list, p.functions[name].status())
+	}
+	return list
+}
+
+var errNoReplica = errors.New("no replica is ready")
+
+// take returns the ready replica of a function that has least to do, other
+// than those in not, and counts a call for it; the caller gives it back with
+// release. A function that was scaled to zero gets a replica.
+func (p *Provider) take(ctx context.Context, name string, not []*replica) (*replica, error) {
+	for {
+		p.mu.Lock()
+		f := p.functions[name]
+		if f == nil {
+			p.mu.Unlock()
+			return nil, p.unknown(name)
+		}
+		if f.desired == 0 {
+			f.desired = 1
+			p.touch(f)
+			p.reconcile(f)
+		}
+		var best *replica
+		for _, r := range f.replicas {
+			if r.State == sheaf.Ready && !slices.Contains(not, r) &&
+				(best == nil || r.calls < best.calls || r.calls == best.calls && r.used < best.used) {
+				best = r
+			}
+		}
+		changed := p.changed
+		if best != nil {
+			f.invocations++
+			best.calls++
+			best.used = f.invocations
+			p.mu.Unlock()
+			return best, nil
+		}
+		p.mu.Unlock()
+		if len(not) > 0 {
+			return nil, errNoReplica
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, errNoReplica
+		}
+	}
+}
+
+func (p *Provider) release(r *replica) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r.calls--
+}
+
+// split takes "name" or "name.namespace" apart.
+func split(name string) (string, bool) {
+	name, ns, has := strings.Cut(name, ".")
+	return name, !has || ns == Namespace
+}

@@ -1,0 +1,270 @@
+package local
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/openfaas/faas-provider/types"
+
+	"github.com/sheaf-project/sheaf"
+)
+
+// replica is one process of a function. What is in it changes under the
+// provider's mutex.
+type replica struct {
+	sheaf.Replica
+	generation int
+	spec       types.FunctionDeployment
+	process    *process
+	calls      int           // that go through the front now
+	used       uint64        // when the front used it last
+	end        chan struct{} // closed when it shall drain
+}
+
+const (
+	startTimeout = 30 * time.Second // for a new process to answer
+	drainTimeout = 10 * time.Second // from SIGTERM to SIGKILL
+)
+
+var errEnded = errors.New("told to end")
+
+// process starts r's process, marks r ready once it answers, and returns when
+// it has ended. A replica that is told to end is given time to finish.
+func (p *Provider) process(f *function, r *replica) error {
+	argv, err := p.command(r.spec.Image)
+	if err != nil {
+		return err
+	}
+	addr, err := freeAddress()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Env = environment(r, addr)
+	out, in, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = in, in
+	ps, err := p.spawn.start(cmd)
+	in.Close()
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	var logged sync.WaitGroup
+	logged.Go(func() { f.logs.copy(r.Function, r.ID, out) })
+	exited := make(chan error, 1)
+	go func() {
+		err := cmd.Wait()
+		ps.kill() // what it left behind in its group, and what may hold the pipe
+		logged.Wait()
+		exited <- err
+	}()
+	p.mu.Lock()
+	r.URL = "http://" + addr
+	r.process = ps
+	p.touch(f)
+	p.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(p.ctx, startTimeout)
+	defer cancel()
+	answered := make(chan error, 1)
+	go func() { answered <- p.answers(ctx, addr) }()
+	end := r.end
+	var deadline <-chan time.Time
+	for {
+		select {
+		case err := <-answered:
+			answered = nil
+			if err != nil && p.ctx.Err() == nil {
+				f.logs.add(r.Function, r.ID, fmt.Sprintf("replica does not answer at %s within %v", addr, startTimeout))
+				ps.kill()
+				continue
+			}
+			p.mu.Lock()
+			if r.State == sheaf.Starting {
+				r.State, r.Since = sheaf.Ready, time.Now().UTC()
+				p.touch(f)
+				p.reconcile(f)
+			}
+			p.mu.Unlock()
+		case <-end:
+			end = nil
+			ps.signal(syscall.SIGTERM)
+			deadline = time.After(drainTimeout)
+		case <-deadline:
+			ps.kill()
+		case <-p.ctx.Done():
+			ps.kill()
+			return <-finish(exited, answered, cancel)
+		case err := <-exited:
+			cancel()
+			if answered != nil {
+				<-answered
+			}
+			return err
+		}
+	}
+}
+
+// finish waits for both goroutines of a replica.
+func finish(exited, answered chan error, cancel func()) chan error {
+	cancel()
+	if answered != nil {
+		<-answered
+	}
+	return exited
+}
+
+// answers returns once the function at addr is ready: /_/ready says 200, or it
+// is a plain HTTP function that answers anything but "not yet".
+func (p *Provider) answers(ctx context.Context, addr string) error {
+	pause := time.Millisecond
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/_/ready", nil)
+		if err != nil {
+			return err
+		}
+		resp, err := p.probe.Do(req)
+		if err == nil {
+			_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 4096)) // only its status matters
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusServiceUnavailable && resp.StatusCode != http.StatusTooManyRequests {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+			pause = min(pause*5/4+100*time.Microsecond, 20*time.Millisecond)
+		}
+	}
+}
+
+// freeAddress finds a port for a replica. Another process may take it first;
+// the replica then fails to start, and the next one gets another port.
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", fmt.Errorf("find a free port: %w", err)
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// environment is what a replica's process sees: as in a container, only what
+// the deployment says, who it is, and where to listen.
+func environment(r *replica, addr string) []string {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		port = "8080"
+	}
+	env := []string{
+		"port=" + port, "PORT=" + port, "sheaf_listen=" + addr,
+		"OPENFAAS_NAME=" + r.Function, "OPENFAAS_NAMESPACE=" + Namespace,
+		"HOSTNAME=" + r.ID, "sheaf_replica=" + r.ID,
+		"healthcheck_interval=0s",
+	}
+	for _, k := range []string{"PATH", "HOME", "TMPDIR", "GOCOVERDIR", "SYSTEMROOT"} {
+		if v, ok := os.LookupEnv(k); ok {
+			env = append(env, k+"="+v)
+		}
+	}
+	if r.spec.EnvProcess != "" {
+		env = append(env, "fprocess="+r.spec.EnvProcess)
+	}
+	for k, v := range r.spec.EnvVars { // of two settings of a name, the last one counts
+		env = append(env, k+"="+v)
+	}
+	return env
+}
+
+// process is a process and the group that it leads.
+type process struct {
+	pid int
+}
+
+// kill ends the whole group at once.
+func (p *process) kill() { p.signal(syscall.SIGKILL) }
+
+// signal is sent to the whole group; one that has ended is not there to hear it.
+func (p *process) signal(s syscall.Signal) { _ = syscall.Kill(-p.pid, s) }
+
+// spawner starts processes from one thread of the operating system, which
+// lives as long as the spawner: Linux kills a child with PR_SET_PDEATHSIG when
+// the thread that started it ends, not the process.
+type spawner struct {
+	orders chan order
+	done   chan struct{}
+}
+
+type order struct {
+	cmd  *exec.Cmd
+	done chan error
+}
+
+func newSpawner() *spawner {
+	s := &spawner{orders: make(chan order), done: make(chan struct{})}
+	go s.run()
+	return s
+}
+
+func (s *spawner) start(cmd *exec.Cmd) (*process, error) {
+	own(cmd)
+	o := order{cmd, make(chan error, 1)}
+	s.orders <- o
+	if err := <-o.done; err != nil {
+		return nil, err
+	}
+	return &process{pid: cmd.Process.Pid}, nil
+}
+
+// close ends the spawner; no start may come after it.
+func (s *spawner) close() {
+	close(s.orders)
+	<-s.done
+}
+
+func (s *spawner) run() {
+	defer close(s.done)
+	defer lockThread()()
+	for o := range s.orders {
+		o.done <- o.cmd.Start()
+	}
+}
+
+// maxLogLine is how long a line of a function's log may be; a longer one is
+// broken into several.
+const maxLogLine = 16 << 10
+
+// copy keeps the lines of a replica's output until it ends.
+func (b *logBook) copy(function, replica string, r io.Reader) {
+	in := bufio.NewReaderSize(r, maxLogLine)
+	for {
+		line, err := in.ReadSlice('\n')
+		if len(line) > 0 {
+			b.add(function, replica, trimEOL(line))
+		}
+		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
+			return
+		}
+	}
+}
+
+func trimEOL(line []byte) string {
+	if n := len(line); n > 0 && line[n-1] == '\n' {
+		line = line[:n-1]
+	}
+	return string(line)
+}

@@ -1,0 +1,339 @@
+package master
+
+// form.go writes the answer: as text, JSON, results as they come, or events.
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"hash"
+	"io"
+	"iter"
+	"log/slog"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+// A form runs a job and writes its answer.
+type form func(j *job, ctx context.Context, w http.ResponseWriter)
+
+// The media types of the forms, the default first.
+var forms = []struct {
+	media string
+	form  form
+}{
+	{"text/plain", func(j *job, ctx context.Context, w http.ResponseWriter) {
+		j.whole(ctx, w, "text/plain; charset=utf-8", Answer.WriteText)
+	}},
+	{"application/json", func(j *job, ctx context.Context, w http.ResponseWriter) {
+		j.whole(ctx, w, "application/json", Answer.WriteJSON)
+	}},
+	{"application/x-ndjson", (*job).lines},
+	{"text/event-stream", (*job).events},
+}
+
+// negotiate picks the form by the Accept header (RFC 9110, section 12.5.1): the
+// one of the highest quality, the more usual one of equals.
+func negotiate(accept []string) (form, *wire.Problem) {
+	if len(accept) == 0 {
+		return forms[0].form, nil
+	}
+	best, quality := form(nil), 0.0
+	for _, f := range forms {
+		q, specific := 0.0, -1
+		for item := range strings.SplitSeq(strings.Join(accept, ","), ",") {
+			media, params, err := mime.ParseMediaType(strings.TrimSpace(item))
+			if err != nil {
+				continue
+			}
+			s := -1
+			switch kind, _, _ := strings.Cut(f.media, "/"); media {
+			case f.media:
+				s = 2
+			case kind + "/*":
+				s = 1
+			case "*/*":
+				s = 0
+			}
+			if s <= specific {
+				continue
+			}
+			specific, q = s, 1
+			if v, err := strconv.ParseFloat(params["q"], 64); err == nil {
+				q = v
+			}
+		}
+		if q > quality {
+			best, quality = f.form, q
+		}
+	}
+	if best == nil {
+		names := make([]string, len(forms))
+		for i, f := range forms {
+			names[i] = f.media
+		}
+		return nil, wire.Refuse(http.StatusNotAcceptable, "not_acceptable",
+			fmt.Sprintf("the answer cannot be had as %q; it can as %s", wire.Cut(strings.Join(accept, ", ")), strings.Join(names, ", ")))
+	}
+	return best, nil
+}
+
+// measure counts and digests an answer before it is sent, so that its headers
+// can tell whoever reads it what a whole one is.
+type measure struct {
+	n   int64
+	sum hash.Hash
+}
+
+func (m *measure) Write(p []byte) (int, error) {
+	m.n += int64(len(p))
+	return m.sum.Write(p)
+}
+
+// whole sends the merged answer when it is complete, or a refusal.
+func (j *job) whole(ctx context.Context, w http.ResponseWriter, media string, write func(Answer, io.Writer) error) {
+	answer, err := j.merge(j.results(ctx))
+	m := measure{sum: sha256.New()}
+	if err == nil {
+		err = write(answer, &m)
+	}
+	if err != nil {
+		j.refuse(ctx, w, err)
+		return
+	}
+	h := w.Header()
+	j.numbers(h)
+	h.Set("Content-Type", media)
+	h.Set("Content-Length", strconv.FormatInt(m.n, 10))
+	h.Set(wire.Digest, "sha-256=:"+base64.StdEncoding.EncodeToString(m.sum.Sum(nil))+":")
+	h.Set("X-Content-Type-Options", "nosniff")
+	_ = write(answer, w) // the client sees by its length what it got
+}
+
+// refuse says why there is no answer. A client that is gone is not told.
+func (j *job) refuse(ctx context.Context, w http.ResponseWriter, err error) {
+	j.failed = true
+	j.h.Log.LogAttrs(ctx, slog.LevelWarn, "job failed", slog.String("job", j.group.Job), slog.Any("err", err))
+	j.numbers(w.Header())
+	j.up.drain()
+	j.problem(err).Write(w)
+}
+
+// blockLine is one line of application/x-ndjson.
+type blockLine struct {
+	Block    int             `json:"block"`
+	Offset   int64           `json:"offset"`
+	Bytes    int             `json:"bytes"`
+	Replica  string          `json:"replica"`
+	Attempts int             `json:"attempts"`
+	Elapsed  float64         `json:"elapsed_ms"`
+	Verified bool            `json:"verified"`
+	Result   json.RawMessage `json:"result"`
+}
+
+// summary ends application/x-ndjson and text/event-stream: without it the
+// stream was cut.
+type summary struct {
+	Job        string  `json:"job"`
+	Blocks     int     `json:"blocks"`
+	Bytes      int64   `json:"bytes"`
+	BlockSize  int     `json:"block_size"`
+	Replicas   int     `json:"replicas"`
+	Unverified int     `json:"unverified"`
+	Elapsed    float64 `json:"elapsed_ms"`
+	Done       bool    `json:"done"`
+}
+
+func (j *job) summary(done bool) summary {
+	return summary{j.group.Job, j.done, j.up.received(), j.split.Size, len(j.from), j.unverified, inMilliseconds(j.elapsed()), done}
+}
+
+func inMilliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// stream prepares an answer that begins while the input still comes.
+func stream(w http.ResponseWriter, media string) *http.ResponseController {
+	control := http.NewResponseController(w)
+	_ = control.EnableFullDuplex() // where it cannot be had, the answer comes after the input
+	w.Header().Set("Content-Type", media)
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	return control
+}
+
+// lines sends each block's result as it comes, as a line of JSON, and a
+// summary or an error as the last one.
+func (j *job) lines(ctx context.Context, w http.ResponseWriter) {
+	control := stream(w, "application/x-ndjson")
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	err := func() error {
+		for r, err := range j.results(ctx) {
+			if err != nil {
+				return err
+			}
+			result, err := j.h.Job.Line(r, j.mayCut())
+			if err != nil {
+				return &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts, Err: err}
+			}
+			if err := enc.Encode(blockLine{r.Index, r.Offset, r.Bytes, r.From, r.Attempts,
+				inMilliseconds(r.Elapsed), r.Verified, result}); err != nil {
+				return err
+			}
+			_ = control.Flush() // a client that left ends ctx
+		}
+		return nil
+	}()
+	switch {
+	case err == nil:
+		_ = enc.Encode(j.summary(true)) // as above
+	case j.done == 0:
+		j.refuse(ctx, w, err) // nothing was sent yet
+	default:
+		j.failed = true
+		_ = enc.Encode(map[string]any{"error": j.problem(err), "done": false})
+	}
+}
+
+// progress is the data of a progress event.
+type progress struct {
+	Job      string  `json:"job"`
+	Done     int     `json:"blocks_done"`
+	Bytes    int64   `json:"bytes_done"`
+	Received int64   `json:"bytes_received"`
+	Total    int64   `json:"bytes_total"` // -1 when it is not known
+	Replicas int     `json:"replicas"`
+	Elapsed  float64 `json:"elapsed_ms"`
+}
+
+// progressEvery bounds how often a progress event is sent.
+const progressEvery = 20 * time.Millisecond
+
+// aliveEvery is how long a stream of events is silent at most.
+const aliveEvery = 250 * time.Millisecond
+
+// events sends progress events, then a result event with the merged answer
+// and a done event with a summary; or an error event with a problem.
+func (j *job) events(ctx context.Context, w http.ResponseWriter) {
+	control := stream(w, "text/event-stream")
+	out := eventWriter{w: w, control: control}
+	tell := func() {
+		out.json("progress", progress{j.group.Job, j.done, j.bytes, j.up.received(), j.length, len(j.from), inMilliseconds(j.elapsed())})
+	}
+	tell()
+	stop := out.keepAlive()
+	last := time.Now()
+	watched := func(results iter.Seq2[sheaf.Result, error]) iter.Seq2[sheaf.Result, error] {
+		return func(yield func(sheaf.Result, error) bool) {
+			for r, err := range results {
+				if time.Since(last) >= progressEvery {
+					last = time.Now()
+					tell()
+				}
+				if !yield(r, err) {
+					return
+				}
+			}
+		}
+	}
+	answer, err := j.merge(watched(j.results(ctx)))
+	stop()
+	if err != nil {
+		j.failed = true
+		out.json("error", j.problem(err))
+		return
+	}
+	tell()
+	write := Answer.WriteText
+	if j.output == "json" {
+		write = Answer.WriteJSON
+	}
+	out.event("result", func(w io.Writer) error { return write(answer, w) })
+	out.json("done", j.summary(true))
+}
+
+// eventWriter writes server-sent events (WHATWG HTML, section 9.2).
+type eventWriter struct {
+	mu      sync.Mutex // guards w and last
+	w       io.Writer
+	last    []byte // progress event
+	control *http.ResponseController
+}
+
+// keepAlive sends the last progress again now and then, so that nobody on the
+// way takes the stream for dead, until stop is called.
+func (e *eventWriter) keepAlive() (stop func()) {
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(aliveEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				e.mu.Lock()
+				_, _ = e.w.Write(e.last) // a client that left ends the job
+				_ = e.control.Flush()
+				e.mu.Unlock()
+			case <-end:
+				return
+			}
+		}
+	}()
+	return func() { close(end); <-ended }
+}
+
+func (e *eventWriter) json(name string, v any) {
+	e.event(name, func(w io.Writer) error { return json.NewEncoder(w).Encode(v) })
+}
+
+// event writes one event; each line of the data gets a field of its own.
+func (e *eventWriter) event(name string, data func(io.Writer) error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	w := e.w
+	var kept bytes.Buffer
+	if name == "progress" {
+		w = io.MultiWriter(e.w, &kept)
+	}
+	_, _ = fmt.Fprintf(w, "event: %s\n", name) // a client that left ends the job
+	_ = data(&dataWriter{w: w, start: true})
+	_, _ = io.WriteString(w, "\n")
+	e.last = kept.Bytes()
+	_ = e.control.Flush()
+}
+
+// dataWriter puts "data: " before each line.
+type dataWriter struct {
+	w     io.Writer
+	start bool // of a line
+}
+
+func (d *dataWriter) Write(p []byte) (int, error) {
+	var b bytes.Buffer
+	for rest := p; len(rest) > 0; {
+		line, after, ended := bytes.Cut(rest, []byte{'\n'})
+		if d.start {
+			b.WriteString("data: ")
+		}
+		b.Write(line)
+		if ended {
+			b.WriteByte('\n')
+		}
+		d.start = ended
+		rest = after
+	}
+	if _, err := d.w.Write(b.Bytes()); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}

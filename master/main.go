@@ -1,0 +1,83 @@
+package master
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/sheaf-project/sheaf/direct"
+	"github.com/sheaf-project/sheaf/gateway"
+	"github.com/sheaf-project/sheaf/internal/serve"
+	"github.com/sheaf-project/sheaf/registry"
+)
+
+// Main runs job as a function of OpenFaaS, and ends the process when it is told
+// to. Beside what every sheaf function reads (package worker), it reads from
+// the environment:
+//
+//	nats_url         where the record of replicas is; nats://nats.openfaas:4222
+//	gateway_url      for route=gateway; http://gateway.openfaas:8080
+//	worker_function  that does the work; "worker"
+//	max_input, max_block, max_result  bytes
+//	max_blocks, max_workers, max_jobs numbers
+//	job_memory       bytes of blocks held for one job
+//	read_timeout     how long an upload may stall
+func Main(job Job) {
+	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
+		return build(job, getenv)
+	}))
+}
+
+func build(job Job, getenv func(string) string) (*serve.Server, func(), error) {
+	s, err := serve.Env(getenv)
+	if err != nil {
+		return nil, nil, err
+	}
+	v := serve.Vars{Getenv: getenv}
+	const most = 1 << 50
+	self := s.Function
+	if self == "" {
+		self = "master"
+	}
+	h := &Handler{
+		Job:        job,
+		Self:       self,
+		Function:   v.String("worker_function", "worker"),
+		MaxInput:   int64(v.Int("max_input", DefaultMaxInput, 1, most)),
+		MaxBlock:   v.Int("max_block", DefaultMaxBlock, 1, 1<<31-1),
+		MaxBlocks:  v.Int("max_blocks", DefaultMaxBlocks, 1, 1<<40),
+		MaxWorkers: v.Int("max_workers", DefaultMaxWorkers, 1, 1<<20),
+		Memory:     v.Int("job_memory", DefaultMemory, 1, most),
+		Patience:   v.Duration("read_timeout", DefaultPatience),
+		Log:        slog.Default(),
+	}
+	s.MaxInflight = v.Int("max_jobs", 100, 1, 1<<20)
+	maxResult := int64(v.Int("max_result", 64<<20, 1, most))
+	natsURL := v.String("nats_url", "nats://nats.openfaas:4222")
+	gatewayURL := v.String("gateway_url", "http://gateway.openfaas:8080")
+	if v.Err != nil {
+		return nil, nil, v.Err
+	}
+	nc, err := nats.Connect(natsURL, nats.Name("sheaf master "+s.Replica),
+		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond))
+	if err != nil {
+		return nil, nil, fmt.Errorf("environment variable nats_url is %q: %w", natsURL, err)
+	}
+	reg, err := registry.Open(nc, h.Log)
+	if err != nil {
+		nc.Close()
+		return nil, nil, err
+	}
+	straight, through := direct.New(maxResult), gateway.NewRoute(gatewayURL, maxResult)
+	h.Resolver, h.AtLeast, h.Direct, h.Gateway = reg, reg.AtLeast, straight, through
+	s.Handler = h
+	return s, func() {
+		reg.Close()
+		nc.Close()
+		straight.Close()
+		through.Close()
+	}, nil
+}

@@ -1,0 +1,302 @@
+// Package master is the near end of a scatter: an upload comes in over HTTP, is
+// split into blocks, scattered over the replicas of a worker function, and
+// leaves as one merged answer, as text, JSON, results as they come, or events.
+//
+//	curl --data-binary @FILE 'http://127.0.0.1:8080/function/master?block=300'
+//
+// What is merged, and how it is written, is a [Job]; the rest is the same for
+// every function. Main runs a master as a function of OpenFaaS.
+package master
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+// An Answer is what the results of a job's blocks are merged into. It is used
+// by one goroutine.
+type Answer interface {
+	// Add merges the result of the next block, in block order. Its error ends
+	// the job: the worker's result was not one.
+	Add(r sheaf.Result) error
+	// WriteText and WriteJSON write the answer. They are called after the last
+	// Add, and may be called more than once; they must write the same each time.
+	WriteText(w io.Writer) error
+	WriteJSON(w io.Writer) error
+}
+
+// A Job says what a master's blocks come to.
+type Job struct {
+	// New returns the answer to no block at all.
+	New func() Answer
+	// Line returns one block's result as JSON, for those who take results as
+	// they come. mayCut says that the block's edges may lie within a record.
+	Line func(r sheaf.Result, mayCut bool) (json.RawMessage, error)
+}
+
+// Defaults of a [Handler].
+const (
+	DefaultMaxInput   = 64 << 30 // bytes
+	DefaultMaxBlock   = 64 << 20 // bytes
+	DefaultMaxBlocks  = 4_000_000
+	DefaultMaxWorkers = 1000
+	DefaultMemory     = 16 << 20 // bytes
+	DefaultPatience   = time.Minute
+)
+
+// A Handler is a master as an http.Handler. Job, Function, Resolver and Direct
+// must be set; the zero of every other field is usable. It may be used
+// concurrently, and its fields must not change meanwhile.
+type Handler struct {
+	Job      Job
+	Self     string         // name of this function; it cannot scatter to itself
+	Function string         // that does the work, unless a request names another
+	Resolver sheaf.Resolver // of replicas
+	Direct   sheaf.Route    // straight to a replica
+	Gateway  sheaf.Route    // to some replica; nil means that there is no such route
+	// AtLeast asks for n replicas of a function, and returns how many there
+	// will be. When nil, the number of replicas is what it is.
+	AtLeast func(ctx context.Context, function string, n int) (int, error)
+
+	MaxInput   int64         // bytes of one upload; 0 means 64 GiB
+	MaxBlock   int           // bytes; 0 means 64 MiB
+	MaxBlocks  int           // of one job; 0 means 4,000,000
+	MaxWorkers int           // that a request may ask for; 0 means 1000
+	Memory     int           // bytes of blocks held for one job; 0 means 16 MiB
+	Patience   time.Duration // how long an upload may stall; 0 means one minute
+	Log        *slog.Logger  // nil means slog.Default
+}
+
+var _ http.Handler = (*Handler)(nil)
+
+// withDefaults returns a copy of h with every limit set.
+func (h *Handler) withDefaults() *Handler {
+	c := *h
+	if c.MaxInput <= 0 {
+		c.MaxInput = DefaultMaxInput
+	}
+	for p, n := range map[*int]int{
+		&c.MaxBlock: DefaultMaxBlock, &c.MaxBlocks: DefaultMaxBlocks,
+		&c.MaxWorkers: DefaultMaxWorkers, &c.Memory: DefaultMemory,
+	} {
+		if *p <= 0 {
+			*p = n
+		}
+	}
+	if c.Patience <= 0 {
+		c.Patience = DefaultPatience
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	return &c
+}
+
+// ServeHTTP runs one job.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	begun := time.Now()
+	h = h.withDefaults()
+	form, p := h.admit(w, r)
+	if p != nil {
+		p.Write(w)
+		return
+	}
+	up := openUpload(w, r, h.MaxInput, h.Patience)
+	defer up.close()
+	j, p := h.prepare(r, up)
+	if p != nil {
+		up.drain()
+		p.Write(w)
+		return
+	}
+	j.begun = begun
+	ctx := r.Context()
+	if j.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, j.timeout, errJobTimeout)
+		defer cancel()
+	}
+	w.Header().Set(wire.Job, j.group.Job)
+	form(j, ctx, w)
+	h.Log.LogAttrs(ctx, slog.LevelInfo, "job ended", slog.String("job", j.group.Job),
+		slog.String("function", j.group.Function), slog.Int("blocks", j.done), slog.Int("replicas", len(j.from)),
+		slog.Int64("bytes", up.received()), slog.Duration("elapsed", j.elapsed()), slog.Bool("ok", !j.failed))
+}
+
+var errJobTimeout = errors.New("the job's time is over")
+
+// admit refuses what can be refused before the body is looked at, and says in
+// which form the answer is wanted.
+func (h *Handler) admit(w http.ResponseWriter, r *http.Request) (form, *wire.Problem) {
+	if n := len(r.RequestURI); n > maxURI {
+		return nil, wire.Refuse(http.StatusRequestURITooLong, "uri_too_long",
+			fmt.Sprintf("the URL is %d bytes long, and may be %d; send the input as the body", n, maxURI)).Within(maxURI)
+	}
+	if r.URL.Path != "/" && r.URL.Path != "" {
+		return nil, wire.Refuse(http.StatusNotFound, wire.CodeNotFound,
+			fmt.Sprintf("the master has nothing at %q; post the input to its root", wire.Cut(r.URL.Path)))
+	}
+	if r.Method != http.MethodPost {
+		w.Header().Set("Allow", http.MethodPost)
+		return nil, wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod,
+			fmt.Sprintf("the master takes its input by POST, not by %s", wire.Cut(r.Method)))
+	}
+	return negotiate(r.Header.Values("Accept"))
+}
+
+const maxURI = 8 << 10
+
+// A job is one upload on its way.
+type job struct {
+	h       *Handler
+	group   sheaf.Group
+	split   sheaf.Splitter
+	up      *upload
+	length  int64 // of the input, -1 when it is not known
+	output  string
+	timeout time.Duration
+	begun   time.Time
+
+	done       int // blocks that have a result
+	bytes      int64
+	from       map[string]bool // replicas that answered
+	unverified int
+	failed     bool
+}
+
+func (j *job) elapsed() time.Duration { return time.Since(j.begun) }
+
+// mayCut says whether a block may begin or end within a line.
+func (j *job) mayCut() bool { return j.split.By == "bytes" || j.split.By == "records" }
+
+// results scatters the blocks, and counts what comes back.
+func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
+	return func(yield func(sheaf.Result, error) bool) {
+		for r, err := range j.group.Scatter(ctx, j.split.Split(j.up)) {
+			if err != nil {
+				j.up.leave() // Scatter waits for whoever reads the upload
+				yield(r, err)
+				return
+			}
+			j.done++
+			j.bytes += int64(r.Bytes)
+			j.from[r.From] = true
+			if !r.Verified {
+				j.unverified++
+			}
+			if !yield(r, nil) {
+				j.up.leave()
+				return
+			}
+		}
+	}
+}
+
+// merge merges results, in block order, as they come.
+func (j *job) merge(results iter.Seq2[sheaf.Result, error]) (Answer, error) {
+	answer := j.h.Job.New()
+	for r, err := range sheaf.InOrder(results) {
+		if err != nil {
+			return nil, err
+		}
+		if err := answer.Add(r); err != nil {
+			return nil, &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts,
+				Err: fmt.Errorf("the result that replica %s gave cannot be merged: %w", r.From, err)}
+		}
+	}
+	return answer, nil
+}
+
+// numbers sets the headers that tell how the job went.
+func (j *job) numbers(h http.Header) {
+	h.Set(wire.Blocks, strconv.Itoa(j.done))
+	h.Set(wire.Replicas, strconv.Itoa(len(j.from)))
+	h.Set(wire.Elapsed, milliseconds(j.elapsed()))
+}
+
+// milliseconds writes a duration as in "12.345ms".
+func milliseconds(d time.Duration) string {
+	return strconv.FormatFloat(float64(d)/float64(time.Millisecond), 'f', 3, 64) + "ms"
+}
+
+// missing is a block that has no result, in a refusal.
+type missing struct {
+	Block    int    `json:"block"`
+	Offset   int64  `json:"offset"`
+	Bytes    int    `json:"bytes"`
+	Attempts int    `json:"attempts"`
+	Error    string `json:"error"`
+}
+
+// problem makes a refusal of whatever ended the job.
+func (j *job) problem(err error) *wire.Problem {
+	p := j.classify(err)
+	p.Job = j.group.Job
+	return p
+}
+
+func (j *job) classify(err error) *wire.Problem {
+	if p, ok := errors.AsType[*wire.Problem](err); ok { // of reading the upload
+		c := *p
+		return &c
+	}
+	name := j.group.Function
+	switch {
+	case errors.Is(err, errJobTimeout):
+		return wire.Refuse(http.StatusGatewayTimeout, "job_timeout",
+			fmt.Sprintf("the job did not end within %v, its timeout; give it more time or more workers", j.timeout)).
+			About("timeout").Within(j.timeout.String())
+	case errors.Is(err, sheaf.ErrTooManyBlocks):
+		p := wire.Refuse(http.StatusUnprocessableEntity, "too_many_blocks",
+			fmt.Sprintf("the input makes more than %d blocks of %d bytes", j.h.MaxBlocks, j.split.Size)).
+			About("block").Within(j.h.MaxBlocks)
+		if j.length > 0 {
+			p.Detail += fmt.Sprintf("; block=%d is large enough", enough(j.length, j.h.MaxBlocks))
+		} else {
+			p.Detail += "; take larger blocks"
+		}
+		return p
+	case errors.Is(err, sheaf.ErrNoFunction):
+		return wire.Refuse(http.StatusNotFound, wire.CodeNoFunction,
+			fmt.Sprintf("function %q is not deployed; deploy it, or name another with function=", name)).About("function")
+	case errors.Is(err, sheaf.ErrNoReplica):
+		return wire.Refuse(http.StatusServiceUnavailable, wire.CodeNoReplicas,
+			fmt.Sprintf("%v; see the log of %s, or scale it up", err, name)).After(5 * time.Second)
+	}
+	if e, ok := errors.AsType[*sheaf.RecordError](err); ok {
+		if errors.Is(e, sheaf.ErrRecordTooLong) {
+			return wire.Refuse(http.StatusUnprocessableEntity, "record_too_long", e.Error()).About("split").Within(e.Limit)
+		}
+		return wire.Refuse(http.StatusUnprocessableEntity, "malformed_input", e.Error()).About("split")
+	}
+	if e, ok := errors.AsType[*sheaf.PartialError](err); ok {
+		p := wire.Refuse(http.StatusFailedDependency, "blocks_failed", e.Error())
+		list := make([]missing, 0, min(len(e.Missing), 100))
+		for _, m := range e.Missing[:cap(list)] {
+			list = append(list, missing{m.Index, m.Offset, m.Bytes, m.Attempts, m.Err.Error()})
+		}
+		p.Missing = list
+		return p
+	}
+	if e, ok := errors.AsType[*sheaf.BlockError](err); ok {
+		return wire.Refuse(http.StatusBadGateway, "bad_result", e.Error())
+	}
+	return wire.Refuse(http.StatusInternalServerError, "job_failed", err.Error())
+}
+
+// enough is a block size with which no input of n bytes makes more than most
+// blocks: of two neighbouring blocks one is more than half full.
+func enough(n int64, most int) int64 {
+	return max(1, 2*n/int64(most)+1)
+}

@@ -1,0 +1,345 @@
+package master
+
+// upload.go reads the input: a bare body, or the file of a form.
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"mime/multipart"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+const (
+	readAhead    = 2 << 20  // bytes of an upload that are read before they are needed
+	readPiece    = 64 << 10 // bytes
+	slowest      = 1 << 10  // bytes a second; what comes slower uses up Patience
+	maxParts     = 1000
+	maxField     = 4 << 10 // bytes of a form's field that is not the file
+	drainBytes   = 8 << 20 // of an upload that is refused, so that its sender reads why
+	drainTimeout = 2 * time.Second
+)
+
+// Names of the form field that holds the file. The second one is the thesis's.
+var fileFields = []string{"file", "myfile"}
+
+// upload is the input of a job. Its body is read ahead on a goroutine of its
+// own: a small upload is then read to its end at once, and the server can tell
+// when the client leaves.
+type upload struct {
+	length int64 // of the input, -1 when it is not known; set by begin
+	src    io.Reader
+
+	body    io.Reader // of the request, within its limit
+	control *http.ResponseController
+	total   int64 // bytes of the body that were announced, -1 if none were
+	patient time.Duration
+
+	pieces chan []byte
+	free   chan []byte
+	left   chan struct{} // closed when the job wants no more of it
+	end    chan struct{} // closed when nobody reads any more
+	read   atomic.Bool   // to its end, or to where it broke
+	wg     sync.WaitGroup
+	err    error // why the pieces ended; written before they are closed
+	piece  []byte
+	held   []byte // the buffer that piece is part of
+	count  atomic.Int64
+}
+
+// openUpload begins to read the body of r.
+func openUpload(w http.ResponseWriter, r *http.Request, limit int64, patience time.Duration) *upload {
+	u := &upload{
+		length: -1, control: http.NewResponseController(w), total: r.ContentLength, patient: patience,
+		pieces: make(chan []byte, readAhead/readPiece), free: make(chan []byte, readAhead/readPiece+2),
+		left: make(chan struct{}), end: make(chan struct{}),
+	}
+	u.body = r.Body
+	if r.ContentLength > limit {
+		u.err = tooLarge(limit)
+		u.body = nil
+		close(u.pieces)
+		return u
+	}
+	u.wg.Go(func() { u.ahead(limit) })
+	return u
+}
+
+func tooLarge(limit int64) *wire.Problem {
+	return wire.Refuse(http.StatusRequestEntityTooLarge, "input_too_large",
+		fmt.Sprintf("the input is over the limit of %d bytes, which max_input sets", limit)).Within(limit)
+}
+
+// ahead reads the body into pieces until it ends, or nobody wants it.
+func (u *upload) ahead(limit int64) {
+	defer close(u.pieces)
+	defer u.read.Store(true)
+	var read int64
+	var waited time.Duration
+	defer func() {
+		// Nothing may time out any more: the server now watches for the client to leave.
+		_ = u.control.SetReadDeadline(time.Time{})
+	}()
+	for {
+		var buf []byte
+		select {
+		case buf = <-u.free:
+		default:
+			buf = make([]byte, readPiece)
+		}
+		begun := time.Now()
+		left := u.patient + time.Duration(read/slowest)*time.Second - waited
+		_ = u.control.SetReadDeadline(begun.Add(left)) // a ResponseWriter that cannot has no slow clients
+		n, err := u.body.Read(buf[:readPiece])
+		waited += time.Since(begun)
+		read += int64(n)
+		u.count.Store(read)
+		if read > limit {
+			u.err = tooLarge(limit)
+			return
+		}
+		if n > 0 {
+			select {
+			case u.pieces <- buf[:n]:
+			case <-u.end:
+				u.err = errNotWanted
+				return
+			}
+		}
+		if err != nil {
+			u.err = u.judge(err)
+			return
+		}
+	}
+}
+
+var errNotWanted = errors.New("the job ended before its input was read")
+
+func (u *upload) judge(err error) error {
+	switch {
+	case err == io.EOF:
+		return io.EOF
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return wire.Refuse(http.StatusRequestTimeout, wire.CodeSlow,
+			fmt.Sprintf("the upload stalled for %v, which read_timeout sets, or came slower than 1 KiB a second", u.patient)).Within(u.patient.String())
+	default:
+		return wire.Refuse(http.StatusBadRequest, wire.CodeTruncated,
+			fmt.Sprintf("the upload was cut after %d bytes: %v; send it again", u.count.Load(), err))
+	}
+}
+
+// received is how many bytes of the body have come.
+func (u *upload) received() int64 { return u.count.Load() }
+
+// Read reads the input.
+func (u *upload) Read(p []byte) (int, error) { return u.src.Read(p) }
+
+// raw reads the pieces of the body.
+type raw struct{ u *upload }
+
+func (r raw) Read(p []byte) (int, error) {
+	u := r.u
+	for len(u.piece) == 0 {
+		if u.held != nil {
+			select {
+			case u.free <- u.held:
+			default:
+			}
+			u.held = nil
+		}
+		select {
+		case piece, ok := <-u.pieces:
+			if !ok {
+				return 0, u.err
+			}
+			u.piece, u.held = piece, piece[:cap(piece)]
+		case <-u.left:
+			return 0, errNotWanted
+		}
+	}
+	n := copy(p, u.piece)
+	u.piece = u.piece[n:]
+	return n, nil
+}
+
+// leave ends the job's reading, also one that waits for the client. It is
+// called once.
+func (u *upload) leave() { close(u.left) }
+
+// drain reads on for a while, so that a client that is still sending comes to
+// read the refusal.
+func (u *upload) drain() {
+	if u.body == nil {
+		return
+	}
+	begun := time.Now()
+	for n := int64(0); n < drainBytes && time.Since(begun) < drainTimeout; {
+		select {
+		case piece, ok := <-u.pieces:
+			if !ok {
+				return
+			}
+			n += int64(len(piece))
+		case <-time.After(drainTimeout):
+			return
+		}
+	}
+}
+
+// close ends the reading and waits for it.
+func (u *upload) close() {
+	close(u.end)
+	if !u.read.Load() {
+		_ = u.control.SetReadDeadline(time.Unix(1, 0)) // ends a read that hangs
+	}
+	u.wg.Wait()
+}
+
+// accepted are the media types of a bare body; any text is accepted, too.
+var accepted = []string{"application/octet-stream", "application/x-www-form-urlencoded", "application/json",
+	"application/x-ndjson", "application/ndjson", "application/xml", "multipart/form-data", "text/*"}
+
+// begin finds the input in the body, and takes parameters from the fields of a
+// form that come before it.
+func (u *upload) begin(r *http.Request, ps params) *wire.Problem {
+	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
+		return wire.Refuse(http.StatusUnsupportedMediaType, "encoding_not_supported",
+			fmt.Sprintf("Content-Encoding %q is not accepted; send the input as it is", wire.Cut(e)))
+	}
+	kind := r.Header.Get("Content-Type")
+	if kind == "" {
+		if r.ContentLength == 0 {
+			return wire.Refuse(http.StatusBadRequest, "missing_input",
+				"there is no input; send it as the body (curl --data-binary @FILE) or as the form field file (curl -F file=@FILE)")
+		}
+		kind = "application/octet-stream"
+	}
+	media, attrs, err := mime.ParseMediaType(kind)
+	if err != nil || !slices.Contains(accepted, media) && !strings.HasPrefix(media, "text/") {
+		return wire.Refuse(http.StatusUnsupportedMediaType, "media_type_not_supported",
+			fmt.Sprintf("Content-Type %q is not accepted; accepted are %s", wire.Cut(kind), strings.Join(accepted, ", "))).Within(accepted)
+	}
+	if u.body == nil {
+		return u.err.(*wire.Problem)
+	}
+	if media == "multipart/form-data" {
+		return u.form(multipart.NewReader(raw{u}, attrs["boundary"]), attrs["boundary"], ps)
+	}
+	u.src = raw{u}
+	u.length = u.total
+	return nil
+}
+
+func badForm(err error) *wire.Problem {
+	if p, ok := errors.AsType[*wire.Problem](err); ok {
+		return p
+	}
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, "the form was cut; send it again")
+	}
+	return wire.Refuse(http.StatusBadRequest, "bad_multipart", fmt.Sprintf("the form cannot be read: %v", err))
+}
+
+// form finds the file among the parts of a form.
+func (u *upload) form(parts *multipart.Reader, boundary string, ps params) *wire.Problem {
+	if boundary == "" {
+		return wire.Refuse(http.StatusBadRequest, "bad_multipart", "Content-Type multipart/form-data has no boundary")
+	}
+	var names []string
+	for n := 1; ; n++ {
+		part, err := parts.NextRawPart()
+		if err == io.EOF {
+			found := "none"
+			if len(names) > 0 {
+				found = strings.Join(names[:min(len(names), 10)], ", ")
+			}
+			return wire.Refuse(http.StatusBadRequest, "missing_input",
+				fmt.Sprintf("the form has no field %s with a file; its fields are: %s", strings.Join(fileFields, " or "), found))
+		}
+		if err != nil {
+			return badForm(err)
+		}
+		if n > maxParts {
+			return tooManyParts()
+		}
+		name := part.FormName()
+		if slices.Contains(fileFields, name) {
+			u.src = &filePart{part: part, parts: parts, n: n}
+			u.length = -1
+			return nil
+		}
+		names = append(names, fmt.Sprintf("%q", wire.Cut(name)))
+		if part.FileName() != "" || !slices.Contains(parameters, name) {
+			continue // told if there is no file
+		}
+		value, err := io.ReadAll(io.LimitReader(part, maxField+1))
+		if err != nil {
+			return badForm(err)
+		}
+		if len(value) > maxField {
+			return bad(name, "form field %s is over %d bytes", name, maxField)
+		}
+		if p := ps.set(name, string(value)); p != nil {
+			return p
+		}
+	}
+}
+
+func tooManyParts() *wire.Problem {
+	return wire.Refuse(http.StatusRequestEntityTooLarge, "too_many_parts",
+		fmt.Sprintf("the form has more than %d parts", maxParts)).Within(maxParts)
+}
+
+// filePart reads the file of a form, and at its end what follows it: nothing
+// may that would change the job.
+type filePart struct {
+	part  *multipart.Part
+	parts *multipart.Reader
+	n     int
+	err   error
+}
+
+func (f *filePart) Read(p []byte) (int, error) {
+	if f.err != nil {
+		return 0, f.err
+	}
+	n, err := f.part.Read(p)
+	if err == io.EOF {
+		err = f.rest()
+	} else if err != nil {
+		err = badForm(err)
+	}
+	f.err = err
+	return n, err
+}
+
+// rest returns io.EOF when the form ends as it should.
+func (f *filePart) rest() error {
+	for {
+		part, err := f.parts.NextRawPart()
+		if err == io.EOF {
+			return io.EOF
+		}
+		if err != nil {
+			return badForm(err)
+		}
+		if f.n++; f.n > maxParts {
+			return tooManyParts()
+		}
+		switch name := part.FormName(); {
+		case slices.Contains(fileFields, name):
+			return wire.Refuse(http.StatusBadRequest, "too_many_inputs", "the form has more than one file; send one job for each")
+		case slices.Contains(parameters, name):
+			return bad(name, "form field %s comes after the file, and must come before it", name)
+		}
+	}
+}

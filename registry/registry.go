@@ -1,0 +1,316 @@
+// Package registry is the record of replicas: which replicas a function has,
+// where they are, and in what state.
+//
+// The [Watcher] makes it: it merges what the provider tells (counts) with what
+// a source of addresses tells, and keeps one [Record] for each function in a
+// bucket of NATS JetStream. The revision of a record is the epoch of its view.
+// A [Registry] reads it, in functions that hold no credentials of the gateway:
+// it keeps the last record when NATS is away, and asks the watcher, over NATS,
+// for more replicas.
+package registry
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/sheaf-project/sheaf"
+)
+
+const (
+	// Bucket is the JetStream key-value bucket that holds the records, under
+	// keys such as "worker.openfaas-fn".
+	Bucket = "sheaf-views"
+	// ScaleSubject is where the watcher takes requests for more replicas.
+	ScaleSubject = "sheaf.scale"
+	// DefaultNamespace is the namespace of a function that names none.
+	DefaultNamespace = "openfaas-fn"
+)
+
+// Key returns the key of a function's record: its name with its namespace.
+func Key(function string) string {
+	if strings.Contains(function, ".") {
+		return function
+	}
+	return function + "." + DefaultNamespace
+}
+
+// A Record is what is known of one function: its replicas in all states,
+// those that are ready in rank order.
+type Record struct {
+	Function string          `json:"function"` // with its namespace
+	Epoch    uint64          `json:"epoch,omitempty"`
+	Desired  int             `json:"desired"`
+	Replicas []sheaf.Replica `json:"replicas"`
+}
+
+// View returns the ready replicas.
+func (r Record) View() sheaf.View {
+	v := sheaf.View{Function: r.Function, Epoch: r.Epoch, Desired: r.Desired}
+	for _, rep := range r.Replicas {
+		if rep.State == sheaf.Ready {
+			v.Replicas = append(v.Replicas, rep)
+		}
+	}
+	return v
+}
+
+// order sorts replicas by rank: the one that has been ready longest is rank 0,
+// so that a rank changes only when one before it leaves. Replicas that are not
+// ready come after those that are.
+func order(replicas []sheaf.Replica) {
+	slices.SortFunc(replicas, func(a, b sheaf.Replica) int {
+		if ra, rb := a.State == sheaf.Ready, b.State == sheaf.Ready; ra != rb {
+			if ra {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Or(a.Since.Compare(b.Since), strings.Compare(a.ID, b.ID))
+	})
+}
+
+// same says whether two records tell the same, whatever their epochs.
+func same(a, b Record) bool {
+	return a.Desired == b.Desired && slices.EqualFunc(a.Replicas, b.Replicas, func(x, y sheaf.Replica) bool {
+		return x.ID == y.ID && x.URL == y.URL && x.State == y.State && x.Since.Equal(y.Since)
+	})
+}
+
+// A Registry reads the record. Make one with Open; it may be used concurrently.
+type Registry struct {
+	js     jetstream.JetStream
+	nc     *nats.Conn
+	log    *slog.Logger
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex // guards all below
+	records map[string]Record
+	synced  bool          // what the bucket held at first was read
+	changed chan struct{} // closed, and made anew, at each change
+}
+
+var _ sheaf.Resolver = (*Registry)(nil)
+
+// Open returns a Registry that follows the record over nc. It does not wait:
+// the record may come later, or NATS may. Close ends it.
+func Open(nc *nats.Conn, log *slog.Logger) (*Registry, error) {
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return nil, fmt.Errorf("open the record of replicas: %w", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &Registry{js: js, nc: nc, log: log, cancel: cancel, records: make(map[string]Record), changed: make(chan struct{})}
+	r.wg.Go(func() { r.follow(ctx) })
+	return r, nil
+}
+
+// Close ends the Registry, but not its connection.
+func (r *Registry) Close() {
+	r.cancel()
+	r.wg.Wait()
+}
+
+// follow keeps reading the bucket, whatever happens to it.
+func (r *Registry) follow(ctx context.Context) {
+	pause := 5 * time.Millisecond
+	for ctx.Err() == nil {
+		begun := time.Now()
+		err := r.read(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(begun) > time.Second {
+			pause = 5 * time.Millisecond
+		}
+		r.log.Debug("record of replicas is not readable, trying again", "err", err, "pause", pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+		pause = min(2*pause, time.Second)
+	}
+}
+
+// read follows the bucket until it cannot be followed any more.
+func (r *Registry) read(ctx context.Context) error {
+	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	kv, err := r.js.KeyValue(ask, Bucket)
+	if err != nil {
+		return err
+	}
+	w, err := kv.WatchAll(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = w.Stop() }() // it ends with its connection in any case
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case e, ok := <-w.Updates():
+			if !ok {
+				return errors.New("the watch of the bucket ended")
+			}
+			r.apply(e)
+		}
+	}
+}
+
+// apply takes one entry over; nil says that all there were at first are read.
+func (r *Registry) apply(e jetstream.KeyValueEntry) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case e == nil:
+		r.synced = true
+	case e.Operation() != jetstream.KeyValuePut:
+		delete(r.records, e.Key())
+	default:
+		var rec Record
+		if err := json.Unmarshal(e.Value(), &rec); err != nil {
+			r.log.Error("record of a function is not readable; keeping the last one", "function", e.Key(), "err", err)
+			return
+		}
+		rec.Epoch = e.Revision()
+		r.records[e.Key()] = rec
+	}
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+// get returns a function's record, and what is closed at the next change.
+func (r *Registry) get(key string) (rec Record, known, synced bool, changed <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rec, known = r.records[key]
+	return rec, known, r.synced, r.changed
+}
+
+// newFunctionWait is how long a function that the record lacks may take to
+// appear in it: it may have been deployed just now.
+const newFunctionWait = 2 * time.Second
+
+// Watch yields the views of a function as [sheaf.Resolver] says. The error
+// sheaf.ErrNoFunction comes when the record has been read and the function is
+// not in it, two seconds long at first. Without NATS, Watch waits.
+func (r *Registry) Watch(ctx context.Context, function string) iter.Seq2[sheaf.View, error] {
+	return func(yield func(sheaf.View, error) bool) {
+		key := Key(function)
+		var last uint64
+		seen := false
+		patience := time.NewTimer(newFunctionWait)
+		defer patience.Stop()
+		expired := false
+		for {
+			rec, known, synced, changed := r.get(key)
+			switch {
+			case known && (!seen || rec.Epoch != last):
+				seen, last = true, rec.Epoch
+				if !yield(rec.View(), nil) {
+					return
+				}
+			case !known && synced && (seen || expired):
+				yield(sheaf.View{}, fmt.Errorf("%s: %w", function, sheaf.ErrNoFunction))
+				return
+			}
+			select {
+			case <-changed:
+			case <-patience.C:
+				expired = true
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// Records returns all records, by function.
+func (r *Registry) Records() []Record {
+	list, _ := r.list()
+	return list
+}
+
+func (r *Registry) list() ([]Record, <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	list := make([]Record, 0, len(r.records))
+	for _, k := range slices.Sorted(maps.Keys(r.records)) {
+		list = append(list, r.records[k])
+	}
+	return list, r.changed
+}
+
+// scaleRequest asks for at least so many replicas.
+type scaleRequest struct {
+	Function string `json:"function"`
+	Replicas int    `json:"replicas"`
+}
+
+type scaleReply struct {
+	Replicas int    `json:"replicas"`
+	Error    string `json:"error,omitempty"`
+}
+
+// AtLeast asks the watcher to have at least n replicas of a function run, and
+// returns how many it will have run: fewer when the function's labels or the
+// provider do not allow n.
+func (r *Registry) AtLeast(ctx context.Context, function string, n int) (int, error) {
+	body, err := json.Marshal(scaleRequest{Key(function), n})
+	if err != nil {
+		return 0, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	msg, err := r.nc.RequestWithContext(ctx, ScaleSubject, body)
+	if err != nil {
+		return 0, fmt.Errorf("ask the watcher for %d replicas of %s: %w", n, function, err)
+	}
+	var answer scaleReply
+	if err := json.Unmarshal(msg.Data, &answer); err != nil {
+		return 0, fmt.Errorf("answer of the watcher: %w", err)
+	}
+	if answer.Error != "" {
+		return 0, fmt.Errorf("ask the watcher for %d replicas of %s: %s", n, function, answer.Error)
+	}
+	return answer.Replicas, nil
+}
+
+// ServeHTTP shows the record: a JSON list of records, or with watch=true one
+// such list a line at each change, until the client leaves.
+func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	enc := json.NewEncoder(w)
+	if req.URL.Query().Get("watch") != "true" {
+		w.Header().Set("Content-Type", "application/json")
+		_ = enc.Encode(r.Records()) // the client may have left
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	control := http.NewResponseController(w)
+	for {
+		list, changed := r.list()
+		if enc.Encode(list) != nil || control.Flush() != nil {
+			return
+		}
+		select {
+		case <-changed:
+		case <-req.Context().Done():
+			return
+		}
+	}
+}
