@@ -17,7 +17,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sheaf-project/sheaf"
@@ -215,30 +215,25 @@ type progress struct {
 	Elapsed  float64 `json:"elapsed_ms"`
 }
 
-// progressEvery bounds how often a progress event is sent.
-const progressEvery = 20 * time.Millisecond
-
-// aliveEvery is how long a stream of events is silent at most.
-const aliveEvery = 250 * time.Millisecond
+const (
+	progressEvery = 20 * time.Millisecond  // at most, when there is some
+	aliveEvery    = 250 * time.Millisecond // at least, so that nobody on the way takes the stream for dead
+)
 
 // events sends progress events, then a result event with the merged answer
 // and a done event with a summary; or an error event with a problem.
 func (j *job) events(ctx context.Context, w http.ResponseWriter) {
-	control := stream(w, "text/event-stream")
-	out := eventWriter{w: w, control: control}
-	tell := func() {
-		out.json("progress", progress{j.group.Job, j.done, j.bytes, j.up.received(), j.length, len(j.from), inMilliseconds(j.elapsed())})
+	out := eventWriter{w: w, control: stream(w, "text/event-stream")}
+	var now atomic.Pointer[progress]
+	note := func() {
+		now.Store(&progress{j.group.Job, j.done, j.bytes, j.up.received(), j.length, len(j.from), inMilliseconds(j.elapsed())})
 	}
-	tell()
-	stop := out.keepAlive()
-	last := time.Now()
+	note()
+	stop := out.report(&now)
 	watched := func(results iter.Seq2[sheaf.Result, error]) iter.Seq2[sheaf.Result, error] {
 		return func(yield func(sheaf.Result, error) bool) {
 			for r, err := range results {
-				if time.Since(last) >= progressEvery {
-					last = time.Now()
-					tell()
-				}
+				note()
 				if !yield(r, err) {
 					return
 				}
@@ -252,7 +247,6 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 		out.json("error", j.problem(err))
 		return
 	}
-	tell()
 	write := Answer.WriteText
 	if j.output == "json" {
 		write = Answer.WriteJSON
@@ -261,31 +255,35 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 	out.json("done", j.summary(true))
 }
 
-// eventWriter writes server-sent events (WHATWG HTML, section 9.2).
+// eventWriter writes server-sent events (WHATWG HTML, section 9.2). It is used
+// by one goroutine at a time.
 type eventWriter struct {
-	mu      sync.Mutex // guards w and last
 	w       io.Writer
-	last    []byte // progress event
 	control *http.ResponseController
 }
 
-// keepAlive sends the last progress again now and then, so that nobody on the
-// way takes the stream for dead, until stop is called.
-func (e *eventWriter) keepAlive() (stop func()) {
+// report sends what now points to as progress events, at once, when it changes
+// and at the end, until stop is called, which waits for the last one.
+func (e *eventWriter) report(now *atomic.Pointer[progress]) (stop func()) {
 	end, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
-		tick := time.NewTicker(aliveEvery)
+		tick := time.NewTicker(progressEvery)
 		defer tick.Stop()
-		for {
+		var told *progress
+		var at time.Time
+		for more := true; ; {
+			if p := now.Load(); p != told || time.Since(at) >= aliveEvery {
+				told, at = p, time.Now()
+				e.json("progress", p)
+			}
+			if !more {
+				return
+			}
 			select {
 			case <-tick.C:
-				e.mu.Lock()
-				_, _ = e.w.Write(e.last) // a client that left ends the job
-				_ = e.control.Flush()
-				e.mu.Unlock()
 			case <-end:
-				return
+				more = false
 			}
 		}
 	}()
@@ -298,17 +296,9 @@ func (e *eventWriter) json(name string, v any) {
 
 // event writes one event; each line of the data gets a field of its own.
 func (e *eventWriter) event(name string, data func(io.Writer) error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	w := e.w
-	var kept bytes.Buffer
-	if name == "progress" {
-		w = io.MultiWriter(e.w, &kept)
-	}
-	_, _ = fmt.Fprintf(w, "event: %s\n", name) // a client that left ends the job
-	_ = data(&dataWriter{w: w, start: true})
-	_, _ = io.WriteString(w, "\n")
-	e.last = kept.Bytes()
+	_, _ = fmt.Fprintf(e.w, "event: %s\n", name) // a client that left ends the job
+	_ = data(&dataWriter{w: e.w, start: true})
+	_, _ = io.WriteString(e.w, "\n")
 	_ = e.control.Flush()
 }
 
