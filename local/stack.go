@@ -176,3 +176,10 @@ func (s *Stack) Close() {
 		_ = os.RemoveAll(s.dir) // a temporary folder; nothing in it is needed again
 	}
 }
+
+// StopNATS ends NATS and leaves the rest running, as its failure would: to see
+// that jobs go on without it.
+func (s *Stack) StopNATS() {
+	s.nats.Shutdown()
+	s.nats.WaitForShutdown()
+}

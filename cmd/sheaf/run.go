@@ -147,8 +147,8 @@ func runJob(ctx context.Context, args []string, s std) error {
 	}
 	total := time.Since(begun)
 	work := time.Duration(sum.Elapsed * float64(time.Millisecond))
-	fmt.Fprintf(s.err, "%d blocks of up to %s on %d replicas: %v in all, of which scatter-gather %v, start-up %v%s\n",
-		sum.Blocks, sizeText(sum.BlockSize), sum.Replicas, round(total), round(work), round(max(0, total-work)), job.note)
+	fmt.Fprintf(s.err, "%s of up to %s on %s: %v in all, of which scatter-gather %v, start-up %v%s\n",
+		count(sum.Blocks, "block"), sizeText(sum.BlockSize), count(sum.Replicas, "replica"), round(total), round(work), round(max(0, total-work)), job.note)
 	return nil
 }
 
@@ -358,25 +358,27 @@ func (j *jobRun) progress(ctx context.Context, data []byte) {
 	}
 }
 
-// killSome ends replicas of the worker as kill -9 does.
+// killSome ends replicas of the worker as kill -9 does: those that are ready,
+// and if they are too few those that become so within two seconds.
 func (j *jobRun) killSome(ctx context.Context) {
-	killed := 0
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	killed := map[string]bool{}
 	for v, err := range j.client.Replicas(ctx) {
 		if err != nil {
-			j.note = fmt.Sprintf("; killing failed: %v", err)
-			return
-		}
-		if v.Function != "worker."+local.Namespace {
-			continue
+			break
 		}
 		for _, r := range v.Replicas {
-			if killed < j.flags.victims && r.State == sheaf.Ready && j.client.Kill(ctx, "worker", r.ID) == nil {
-				killed++
+			if len(killed) < j.flags.victims && r.Function == "worker" && r.State == sheaf.Ready && !killed[r.ID] &&
+				j.client.Kill(ctx, "worker", r.ID) == nil {
+				killed[r.ID] = true
 			}
 		}
-		break
+		if len(killed) == j.flags.victims {
+			break
+		}
 	}
-	j.note = fmt.Sprintf("; killed %d replicas at %d %%", killed, j.flags.percent)
+	j.note = fmt.Sprintf("; killed %s at %d %%", count(len(killed), "replica"), j.flags.percent)
 }
 
 // round shortens a duration for people.
@@ -390,6 +392,14 @@ func round(d time.Duration) time.Duration {
 		return d.Round(100 * time.Microsecond)
 	}
 	return d.Round(10 * time.Microsecond)
+}
+
+// count is n with its noun.
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
 }
 
 // sizeText writes a size as people do.
