@@ -1,0 +1,58 @@
+# sheaf: make prints this help.
+
+.DEFAULT_GOAL := help
+.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme worker deps
+
+help: ## Print this
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## Build the sheaf command into bin/
+	go build -trimpath -o bin/sheaf ./cmd/sheaf
+
+test: ## Run the tests, as the README says
+	go test ./...
+
+race: ## Run the tests with the race detector
+	go test -race ./...
+
+check: ## Exactly what CI runs
+	.ci/run
+
+lint: ## gofmt, vet, staticcheck, go fix, go.mod
+	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
+	go vet ./...
+	go vet -tags memory ./test
+	go tool staticcheck ./...
+	go fix -diff ./...
+	go mod tidy -diff
+
+fmt: ## Format the code
+	gofmt -w .
+
+fuzz: ## Fuzz what parses, a minute each
+	@for f in FuzzSplitLines FuzzSplitRecords FuzzSplitCSV FuzzSplitJSON; do go test . -run '^$$' -fuzz "^$$f$$" -fuzztime 60s || exit 1; done
+	go test ./internal/wire -run '^$$' -fuzz FuzzOpen -fuzztime 60s
+	go test ./functions/wordcount -run '^$$' -fuzz FuzzWordCount -fuzztime 60s
+
+bench: ## Run the benchmarks of the rooms
+	go test -run '^$$' -bench . -benchmem . ./internal/... ./functions/...
+
+thesis: ## Print the thesis's table with our times beside it
+	go test ./test -run '^$$' -bench Thesis -benchtime 1x
+
+memory: ## Send 1 GiB through sheaf run and print peak memory
+	go test ./test -tags memory -run Memory -v -count=1
+
+SEEDS ?= 1000000
+sim: ## Simulate SEEDS seeds of the scheduler (1,000,000)
+	go test ./internal/schedule -run TestSimulation -seeds $(SEEDS) -v -timeout 1h
+
+readme: ## Write the output that the README shows anew
+	go test ./test -run TestReadme -update -count=1
+
+worker: ## Build the worker as for an image, and print its size
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/worker ./functions/worker
+	@wc -c bin/worker
+
+deps: ## What the project needs beyond Go: nothing
+	go mod download
