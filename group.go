@@ -212,9 +212,12 @@ func (g *Group) address(ctx context.Context, body []byte,
 		defer drop(nil)
 		leave[view.Replicas[rank].ID] = drop
 		wg.Go(func() {
-			slots <- struct{}{}
+			select {
+			case slots <- struct{}{}:
+				defer func() { <-slots }()
+			case <-member.Done(): // ask says why
+			}
 			r, err := c.ask(member, view, rank, body)
-			<-slots
 			select {
 			case answers <- answer{r, err}:
 			case <-ctx.Done():
@@ -270,7 +273,7 @@ func (g *Group) ask(ctx context.Context, view View, rank int, body []byte) (Resu
 			return fail(context.Cause(ctx))
 		}
 		if errors.Is(err, ErrNotAddressable) {
-			return fail(err)
+			return Result{}, err // no failure of this rank: it ends the whole
 		}
 		pause := 20 * time.Millisecond << min(n, 6)
 		switch fault, after := faultOf(err); fault {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,7 +42,7 @@ func (g *Group) Scatter(ctx context.Context, blocks iter.Seq2[Block, error]) ite
 			s.cancel()
 		}
 		if err != nil && !errors.Is(err, errLeft) {
-			yield(Result{}, fmt.Errorf("scatter to %s: %w", c.Function, err))
+			yield(Result{}, fmt.Errorf("scatter to %s: %w", g.Function, err))
 		}
 	}
 }
@@ -82,6 +83,7 @@ type heldBlock struct {
 // call is an attempt in flight.
 type call struct {
 	index    int
+	replica  string // its ID, empty when the route picks one
 	cancel   context.CancelFunc
 	canceled bool
 }
@@ -298,7 +300,7 @@ func (s *scatter) start(c schedule.Command) {
 		req.To, req.Rank, req.Size, req.Epoch = s.view.Replicas[c.Rank], c.Rank, len(s.view.Replicas), s.view.Epoch
 	}
 	ctx, cancel := context.WithCancel(s.ctx)
-	s.running[c.Attempt] = &call{index: c.Block, cancel: cancel}
+	s.running[c.Attempt] = &call{index: c.Block, replica: c.Replica, cancel: cancel}
 	s.wg.Go(func() {
 		defer cancel()
 		begun := time.Now()
@@ -335,8 +337,12 @@ func (s *scatter) attemptEnded(h *happening) {
 	if b := s.held[a.index]; b != nil {
 		b.err = h.err
 		if h.event.Outcome == schedule.Lost {
-			if ce, ok := errors.AsType[*CallError](h.err); ok && ce.From != "" {
-				b.lost = append(b.lost, ce.From)
+			id := a.replica
+			if ce, ok := errors.AsType[*CallError](h.err); ok && id == "" {
+				id = ce.From
+			}
+			if id != "" && !slices.Contains(b.lost, id) {
+				b.lost = append(b.lost, id)
 			}
 		}
 	}

@@ -408,6 +408,7 @@ type csvRecord struct {
 }
 
 func (c *csvRecord) scan(p []byte) (int, bool, error) {
+	eol := -1 // the first line feed at or after i, once it is looked for
 	for i := 0; i < len(p); {
 		switch {
 		case c.quote: // a second quote is data; anything else ends the quoted part
@@ -428,13 +429,16 @@ func (c *csvRecord) scan(p []byte) (int, bool, error) {
 			c.fieldStart, c.quoted = false, true
 			i++
 		default:
-			// Look for the line's end; a quote before it matters only if it
-			// stands at the start of a field.
-			stop := bytes.IndexByte(p[i:], '\n')
-			line := p[i:]
-			if stop >= 0 {
-				line = line[:stop]
+			// Look for the line's end, once for the whole line; a quote before
+			// it matters only if it stands at the start of a field.
+			if eol < i {
+				if eol = bytes.IndexByte(p[i:], '\n'); eol < 0 {
+					eol = len(p)
+				} else {
+					eol += i
+				}
 			}
+			line := p[i:eol]
 			q := bytes.IndexByte(line, '"')
 			if q > 0 {
 				c.fieldStart = line[q-1] == c.sep
@@ -448,9 +452,9 @@ func (c *csvRecord) scan(p []byte) (int, bool, error) {
 				i++
 				continue
 			}
-			if stop >= 0 {
+			if eol < len(p) {
 				c.fieldStart = true
-				return i + stop + 1, true, nil
+				return eol + 1, true, nil
 			}
 			c.fieldStart = line[len(line)-1] == c.sep
 			return len(p), false, nil

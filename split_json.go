@@ -94,16 +94,23 @@ func (l *jsonLine) last(p []byte) (int, error) {
 
 // json yields the elements of an array, or else lines of values.
 func (c *cutter) json() error {
-	head, err := c.in.Peek(readSize)
-	if err != nil && err != io.EOF {
-		return c.readError(0, err)
+	// Read no further than to the first value: what is here may be all that a
+	// slow input has for now.
+	for want := 1; want <= readSize; {
+		head, err := c.in.Peek(max(want, c.in.Buffered()))
+		trimmed := bytes.TrimPrefix(head, []byte("\xef\xbb\xbf")) // a byte-order mark
+		trimmed = bytes.TrimLeft(trimmed, " \t\r\n")
+		switch {
+		case len(trimmed) > 0 && trimmed[0] == '[':
+			return c.jsonArray(len(head) - len(trimmed))
+		case len(trimmed) > 0 && (len(head) >= 3 || trimmed[0] != '\xef'), err == io.EOF:
+			return c.records(&jsonLine{})
+		case err != nil:
+			return c.readError(int64(len(head)), err)
+		}
+		want = len(head) + 1
 	}
-	trimmed := bytes.TrimPrefix(head, []byte("\xef\xbb\xbf")) // a byte-order mark
-	trimmed = bytes.TrimLeft(trimmed, " \t\r\n")
-	if len(trimmed) == 0 || trimmed[0] != '[' {
-		return c.records(&jsonLine{})
-	}
-	return c.jsonArray(len(head) - len(trimmed))
+	return c.records(&jsonLine{})
 }
 
 // jsonArray yields the elements of the array that begins at byte skip, each as

@@ -5,12 +5,14 @@ package gateway
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"iter"
+	"net"
 	"net/http"
 	"net/url"
 	"time"
@@ -29,6 +31,8 @@ type Client struct {
 	flow *http.Client // without one, for streams
 	sdk  *sdk.Client
 	user *sdk.BasicAuth
+
+	silence time.Duration // of a stream of replicas, after which it is dead
 }
 
 const callTimeout = time.Minute
@@ -40,11 +44,16 @@ func NewClient(rawURL, user, password string) (*Client, error) {
 	if err != nil || base.Host == "" || base.Scheme != "http" && base.Scheme != "https" {
 		return nil, fmt.Errorf("gateway %q is not a URL such as http://127.0.0.1:8080", rawURL)
 	}
-	transport := &http.Transport{ResponseHeaderTimeout: callTimeout, DisableCompression: true}
+	transport := &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
+		ResponseHeaderTimeout: callTimeout,
+		DisableCompression:    true,
+	}
 	c := &Client{
-		base: base,
-		http: &http.Client{Timeout: callTimeout, Transport: transport},
-		flow: &http.Client{Transport: transport},
+		base:    base,
+		silence: streamSilence,
+		http:    &http.Client{Timeout: callTimeout, Transport: transport},
+		flow:    &http.Client{Transport: transport},
 	}
 	var auth sdk.ClientAuth
 	if user != "" {
@@ -60,8 +69,15 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 
 // Functions lists the functions of the default namespace.
 func (c *Client) Functions(ctx context.Context) ([]types.FunctionStatus, error) {
-	list, err := c.sdk.GetFunctions(ctx, "")
+	// Not by the SDK, which does not look at the status: a failing gateway that
+	// says "null" or "[]" would seem to have no functions.
+	resp, err := c.call(ctx, c.http, http.MethodGet, "/system/functions")
 	if err != nil {
+		return nil, fmt.Errorf("list functions: %w", err)
+	}
+	defer resp.Body.Close()
+	var list []types.FunctionStatus
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxList)).Decode(&list); err != nil {
 		return nil, fmt.Errorf("list functions: %w", err)
 	}
 	return list, nil
@@ -87,9 +103,14 @@ func (c *Client) Scale(ctx context.Context, function string, n int) error {
 	return nil
 }
 
-// ErrNoAddresses comes from Replicas when the provider cannot tell where
-// replicas are; of OpenFaaS's own, none can.
+// maxList is how long the list of functions, or one line of a stream, may be.
+const maxList = 16 << 20
+
+// ErrNoAddresses comes from Replicas and Views when the provider cannot tell
+// where replicas are; of OpenFaaS's own, none can.
 var ErrNoAddresses = errors.New("the provider does not tell replica addresses")
+
+var errSilent = errors.New("the stream fell silent")
 
 // Replicas yields, for each function, its replicas in all states, and again on
 // each change, until the loop is left or the stream ends, which is an error. A
@@ -97,22 +118,27 @@ var ErrNoAddresses = errors.New("the provider does not tell replica addresses")
 // one without a function says only that the stream lives. Epochs are 0.
 func (c *Client) Replicas(ctx context.Context) iter.Seq2[sheaf.View, error] {
 	return func(yield func(sheaf.View, error) bool) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		fail := func(err error) { yield(sheaf.View{}, fmt.Errorf("watch replicas: %w", err)) }
-		resp, err := c.get(ctx, "/system/replicas?watch=true")
+		ctx, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		fail := func(err error) {
+			if cause := context.Cause(ctx); cause != nil {
+				err = cause
+			}
+			yield(sheaf.View{}, fmt.Errorf("watch replicas: %w", err))
+		}
+		// A stream that says nothing for longer than two heartbeats is dead.
+		silence := time.AfterFunc(c.silence, func() { cancel(errSilent) })
+		defer silence.Stop()
+		resp, err := c.addresses(ctx, "/system/replicas?watch=true")
 		if err != nil {
 			fail(err)
 			return
 		}
 		defer resp.Body.Close()
-		// A stream that says nothing for longer than two heartbeats is dead.
-		silence := time.AfterFunc(streamSilence, cancel)
-		defer silence.Stop()
 		lines := bufio.NewScanner(resp.Body)
-		lines.Buffer(nil, 16<<20)
+		lines.Buffer(nil, maxList)
 		for lines.Scan() {
-			silence.Reset(streamSilence)
+			silence.Stop() // while the loop's body runs nothing is read
 			var v sheaf.View
 			if err := json.Unmarshal(lines.Bytes(), &v); err != nil {
 				fail(err)
@@ -121,6 +147,7 @@ func (c *Client) Replicas(ctx context.Context) iter.Seq2[sheaf.View, error] {
 			if !yield(v, nil) {
 				return
 			}
+			silence.Reset(c.silence)
 		}
 		if err := lines.Err(); err != nil {
 			fail(err)
@@ -136,12 +163,8 @@ const streamSilence = 12 * time.Second
 
 // Kill ends a replica at once, as kill -9 does. Only a local provider can.
 func (c *Client) Kill(ctx context.Context, function, replica string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodDelete,
-		c.base.JoinPath("/system/replicas", function, replica).String(), nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.do(c.http, req)
+	path := "/system/replicas/" + url.PathEscape(function) + "/" + url.PathEscape(replica)
+	resp, err := c.call(ctx, c.http, http.MethodDelete, path)
 	if err != nil {
 		return fmt.Errorf("kill replica %s: %w", replica, err)
 	}
@@ -156,27 +179,34 @@ func (c *Client) Views(ctx context.Context, watch bool) (io.ReadCloser, error) {
 	if watch {
 		path += "?watch=true"
 	}
-	resp, err := c.get(ctx, path)
+	resp, err := c.addresses(ctx, path)
 	if err != nil {
 		return nil, fmt.Errorf("read the record of replicas: %w", err)
 	}
 	return resp.Body, nil
 }
 
-func (c *Client) get(ctx context.Context, path string) (*http.Response, error) {
+type notFoundError struct{ error }
+
+// addresses asks for what only a provider that knows its replicas has.
+func (c *Client) addresses(ctx context.Context, path string) (*http.Response, error) {
+	resp, err := c.call(ctx, c.flow, http.MethodGet, path)
+	if _, none := errors.AsType[*notFoundError](err); none {
+		return nil, fmt.Errorf("%w: %w", ErrNoAddresses, err)
+	}
+	return resp, err
+}
+
+// call sends a request with the credentials, and makes an error of a refusal.
+func (c *Client) call(ctx context.Context, client *http.Client, method, path string) (*http.Response, error) {
 	u, err := c.base.Parse(path)
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return nil, err
 	}
-	return c.do(c.flow, req)
-}
-
-// do sends req with the credentials, and makes an error of a refusal.
-func (c *Client) do(client *http.Client, req *http.Request) (*http.Response, error) {
 	if c.user != nil {
 		if err := c.user.Set(req); err != nil {
 			return nil, err
@@ -189,10 +219,11 @@ func (c *Client) do(client *http.Client, req *http.Request) (*http.Response, err
 	if resp.StatusCode >= 300 {
 		defer resp.Body.Close()
 		said, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // as much as can be had of the reason
+		err := fmt.Errorf("%s %s: %s: %q", method, req.URL.Redacted(), resp.Status, bytes.TrimSpace(said))
 		if resp.StatusCode == http.StatusNotFound {
-			return nil, fmt.Errorf("%w (404 from %s)", ErrNoAddresses, req.URL.Redacted())
+			err = &notFoundError{err}
 		}
-		return nil, fmt.Errorf("%s %s: %s: %s", req.Method, req.URL.Redacted(), resp.Status, said)
+		return nil, err
 	}
 	return resp, nil
 }

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"net/url"
 	"strings"
 
 	"github.com/sheaf-project/sheaf"
@@ -20,12 +21,12 @@ type Route struct {
 
 var _ sheaf.Route = (*Route)(nil)
 
-// NewRoute returns a Route over the gateway at url, as in
+// NewRoute returns a Route over the gateway at base, as in
 // "http://gateway.openfaas:8080". maxReply is how long an answer may be, in
 // bytes; 0 means 64 MiB.
-func NewRoute(url string, maxReply int64) *Route {
+func NewRoute(base string, maxReply int64) *Route {
 	return &Route{
-		base:   strings.TrimSuffix(url, "/") + "/function/",
+		base:   strings.TrimSuffix(base, "/") + "/function/",
 		caller: wire.Caller{HTTP: wire.NewHTTP(256), MaxReply: maxReply},
 	}
 }
@@ -36,7 +37,7 @@ func (r *Route) Call(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, err
 	if req.To.ID != "" {
 		return nil, fmt.Errorf("gateway route: %w", sheaf.ErrNotAddressable)
 	}
-	return r.caller.Post(ctx, r.base+req.Function, req)
+	return r.caller.Post(ctx, r.base+url.PathEscape(req.Function), req)
 }
 
 // Close closes the connections that are idle.

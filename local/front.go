@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -17,6 +18,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/openfaas/faas-provider/logs"
@@ -53,12 +55,13 @@ func NewFront(p *Provider, version string) *Front {
 		Rewrite:      f.rewrite,
 		Transport:    &balancer{p, wire.NewHTTP(256).Transport},
 		ErrorHandler: f.unreachable,
+		ErrorLog:     slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
 	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request){
 		"GET /healthz":                        f.health,
 		"GET /system/info":                    f.info,
 		"GET /system/namespaces":              func(w http.ResponseWriter, _ *http.Request) { reply(w, []string{Namespace}) },
-		"GET /system/functions":               func(w http.ResponseWriter, _ *http.Request) { reply(w, p.Functions()) },
+		"GET /system/functions":               f.list,
 		"POST /system/functions":              func(w http.ResponseWriter, r *http.Request) { f.deploy(w, r, true) },
 		"PUT /system/functions":               func(w http.ResponseWriter, r *http.Request) { f.deploy(w, r, false) },
 		"DELETE /system/functions":            f.delete,
@@ -181,14 +184,34 @@ func (f *Front) deploy(w http.ResponseWriter, r *http.Request, create bool) {
 func (f *Front) delete(w http.ResponseWriter, r *http.Request) {
 	var req types.DeleteFunctionRequest
 	p := body(r, &req)
-	if p == nil {
+	switch {
+	case p != nil:
+	case req.Namespace != "" && req.Namespace != Namespace:
+		p = f.Provider.unknown(req.FunctionName + "." + req.Namespace)
+	default:
 		p = f.Provider.Delete(req.FunctionName)
 	}
 	settle(w, p)
 }
 
-func (f *Front) status(w http.ResponseWriter, r *http.Request) {
+// name is the function that the path and the query of a request to the
+// provider name, and whether it can be here: there is one namespace.
+func name(r *http.Request) (string, bool) {
 	name, here := split(r.PathValue("name"))
+	ns := r.URL.Query().Get("namespace")
+	return name, here && (ns == "" || ns == Namespace)
+}
+
+func (f *Front) list(w http.ResponseWriter, r *http.Request) {
+	if _, here := name(r); !here {
+		reply(w, []types.FunctionStatus{})
+		return
+	}
+	reply(w, f.Provider.Functions())
+}
+
+func (f *Front) status(w http.ResponseWriter, r *http.Request) {
+	name, here := name(r)
 	for _, s := range f.Provider.Functions() {
 		if s.Name == name && here {
 			reply(w, s)
@@ -201,15 +224,24 @@ func (f *Front) status(w http.ResponseWriter, r *http.Request) {
 func (f *Front) scale(w http.ResponseWriter, r *http.Request) {
 	var req types.ScaleServiceRequest
 	p := body(r, &req)
-	if p == nil {
-		name, _ := split(r.PathValue("name"))
+	name, here := name(r)
+	switch {
+	case p != nil:
+	case !here || req.Namespace != "" && req.Namespace != Namespace:
+		p = f.Provider.unknown(r.PathValue("name"))
+	default:
 		p = f.Provider.Scale(name, int(min(req.Replicas, MaxReplicas)))
 	}
 	settle(w, p)
 }
 
 func (f *Front) kill(w http.ResponseWriter, r *http.Request) {
-	settle(w, f.Provider.Kill(r.PathValue("name"), r.PathValue("id")))
+	name, here := name(r)
+	if !here {
+		f.Provider.unknown(r.PathValue("name")).Write(w)
+		return
+	}
+	settle(w, f.Provider.Kill(name, r.PathValue("id")))
 }
 
 // logs answers as faas-provider's log handler does: lines of JSON.
@@ -231,10 +263,10 @@ func (f *Front) logs(w http.ResponseWriter, r *http.Request) {
 	}
 	p := f.Provider
 	p.mu.Lock()
-	name, _ := split(req.Name)
+	name, here := split(req.Name)
 	fn := p.functions[name]
 	p.mu.Unlock()
-	if fn == nil {
+	if ns := q.Get("namespace"); fn == nil || !here || ns != "" && ns != Namespace {
 		p.unknown(req.Name).Write(w)
 		return
 	}
@@ -272,7 +304,11 @@ func (l lines) send(v any) bool {
 // one with desired -1, and an empty line of an object as heartbeat.
 func (f *Front) replicas(w http.ResponseWriter, r *http.Request) {
 	p := f.Provider
-	only, _ := split(r.PathValue("name"))
+	only, here := name(r)
+	if !here {
+		p.unknown(r.PathValue("name")).Write(w)
+		return
+	}
 	of := func(v sheaf.View) bool { return only == "" || v.Function == only+"."+Namespace }
 	views, version, changed, names := p.views(0)
 	if r.URL.Query().Get("watch") != "true" {
@@ -355,12 +391,36 @@ func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
 	// A function may answer while its input is still coming. Where that cannot
 	// be had, it answers after.
 	_ = http.NewResponseController(w).EnableFullDuplex()
-	f.proxy.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callKey{}, &call{name: name, wait: f.StartWait})))
+	c := &call{name: name, wait: f.StartWait}
+	if c.wait <= 0 {
+		c.wait = startTimeout
+	}
+	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
+	if r.Body != nil && r.Body != http.NoBody {
+		r.Body = &upload{r.Body, c}
+	}
+	f.proxy.ServeHTTP(w, r)
 }
 
 type call struct {
 	name string
 	wait time.Duration
+	cut  atomic.Pointer[error] // why the caller's body could not be read
+}
+
+// upload is the body of a call. It keeps what went wrong with it, which is the
+// caller's failure and not the replica's.
+type upload struct {
+	io.ReadCloser
+	call *call
+}
+
+func (u *upload) Read(b []byte) (int, error) {
+	n, err := u.ReadCloser.Read(b)
+	if err != nil && err != io.EOF {
+		u.call.cut.CompareAndSwap(nil, &err)
+	}
+	return n, err
 }
 
 // rewrite leaves the function's name out of the path; the balancer fills in
@@ -372,6 +432,7 @@ func (f *Front) rewrite(pr *httputil.ProxyRequest) {
 	if path, err := url.PathUnescape(pr.Out.URL.RawPath); err == nil {
 		pr.Out.URL.Path = path
 	}
+	pr.Out.URL.RawQuery = pr.In.URL.RawQuery // as it was sent, parsable or not
 	pr.Out.Header["X-Forwarded-For"] = pr.In.Header["X-Forwarded-For"]
 	pr.SetXForwarded()
 }
@@ -383,7 +444,13 @@ func (f *Front) unreachable(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	}
 	w.Header().Set("X-OpenFaaS-Internal", "proxy")
-	name := r.Context().Value(callKey{}).(*call).name
+	c := r.Context().Value(callKey{}).(*call)
+	name := c.name
+	if cut := c.cut.Load(); cut != nil {
+		wire.Refuse(http.StatusBadRequest, wire.CodeTruncated,
+			fmt.Sprintf("the body of the call of %s could not be read to its end: %v", name, *cut)).Write(w)
+		return
+	}
 	if errors.Is(err, errNoReplica) {
 		wire.Refuse(http.StatusServiceUnavailable, wire.CodeNoReplicas,
 			fmt.Sprintf("no replica of %s became ready in time; see the function's log", name)).After(time.Second).Write(w)

@@ -6,8 +6,8 @@ import (
 	"syscall"
 )
 
-// own makes cmd the leader of a process group that ends with this process,
-// even when that is killed.
+// own makes cmd the leader of a process group. When this process is killed, cmd
+// is, too; processes that cmd itself started then live on.
 func own(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }

@@ -46,6 +46,11 @@ const (
 
 // A Provider runs functions. Make one with NewProvider.
 type Provider struct {
+	// DrainTime is how long a replica has to end, from the order to kill -9;
+	// NewProvider sets it to 10 seconds. It must not change after the first
+	// Deploy.
+	DrainTime time.Duration
+
 	command func(image string) ([]string, error)
 	log     *slog.Logger
 	spawn   *spawner
@@ -57,8 +62,9 @@ type Provider struct {
 
 	mu        sync.Mutex // guards what is below, and the functions
 	functions map[string]*function
-	changed   chan struct{} // closed, and made anew, at each change
-	version   uint64        // counts changes
+	ports     map[string]bool // of replicas
+	changed   chan struct{}   // closed, and made anew, at each change
+	version   uint64          // counts changes
 }
 
 // function is a deployed function.
@@ -75,14 +81,20 @@ type function struct {
 }
 
 // NewProvider returns a Provider without functions. command says how a replica
-// of an image is started; its error is told to whoever deploys. Close ends it.
+// of an image is started; its error is told to whoever deploys. A nil log means
+// slog.Default. Close ends it.
 func NewProvider(command func(image string) (argv []string, err error), log *slog.Logger) *Provider {
 	ctx, cancel := context.WithCancel(context.Background())
+	if log == nil {
+		log = slog.Default()
+	}
 	p := &Provider{
-		command: command, log: log, ctx: ctx, cancel: cancel,
+		DrainTime: drainTimeout,
+		command:   command, log: log, ctx: ctx, cancel: cancel,
 		spawn:     newSpawner(),
 		probe:     &http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}},
 		functions: make(map[string]*function),
+		ports:     make(map[string]bool),
 		changed:   make(chan struct{}),
 	}
 	return p
@@ -90,7 +102,9 @@ func NewProvider(command func(image string) (argv []string, err error), log *slo
 
 // Close ends all replicas, at once, and waits for them.
 func (p *Provider) Close() {
-	p.cancel()
+	p.mu.Lock()
+	p.cancel() // under the mutex: from here on, nothing begins
+	p.mu.Unlock()
 	p.wg.Wait()
 	p.spawn.close()
 }
@@ -133,7 +147,7 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Prob
 	if _, err := p.command(spec.Image); err != nil {
 		return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
 	}
-	least, _, err := bounds(spec)
+	least, most, err := bounds(spec)
 	if err != nil {
 		return wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, err.Error()).About("labels")
 	}
@@ -150,7 +164,7 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Prob
 	f.spec = spec
 	f.generation++
 	f.failures = 0
-	f.desired = max(least, f.desired)
+	f.desired = min(max(least, f.desired), most)
 	p.touch(f)
 	p.reconcile(f)
 	return nil
@@ -231,7 +245,19 @@ func (p *Provider) Kill(name, id string) *wire.Problem {
 func (p *Provider) reconcile(f *function) {
 	var current, old []*replica
 	ready := 0
-	for _, r := range f.replicas {
+	// Those that are not ready go first, and then the last to be ready: the
+	// others keep their ranks.
+	sorted := slices.Clone(f.replicas)
+	slices.SortStableFunc(sorted, func(a, b *replica) int {
+		if ra, rb := a.State == sheaf.Ready, b.State == sheaf.Ready; ra != rb {
+			if ra {
+				return -1
+			}
+			return 1
+		}
+		return a.Since.Compare(b.Since)
+	})
+	for _, r := range sorted {
 		switch {
 		case r.State == sheaf.Draining:
 		case r.generation == f.generation:
@@ -249,8 +275,8 @@ func (p *Provider) reconcile(f *function) {
 	for ; len(current) > f.desired; current = current[:len(current)-1] {
 		p.drain(f, current[len(current)-1])
 	}
-	for keep := max(0, f.desired-ready); len(old) > keep; old = old[1:] {
-		p.drain(f, old[0])
+	for keep := max(0, f.desired-ready); len(old) > keep; old = old[:len(old)-1] {
+		p.drain(f, old[len(old)-1])
 	}
 }
 
@@ -269,6 +295,7 @@ func (p *Provider) begin(f *function) {
 		generation: f.generation,
 		spec:       f.spec,
 		end:        make(chan struct{}),
+		quiet:      make(chan struct{}),
 	}
 	f.replicas = append(f.replicas, r)
 	pause := time.Duration(0)
@@ -283,6 +310,9 @@ func (p *Provider) begin(f *function) {
 func (p *Provider) drain(f *function, r *replica) {
 	r.State, r.Since = sheaf.Draining, time.Now().UTC()
 	close(r.end)
+	if r.calls == 0 {
+		close(r.quiet)
+	}
 	p.touch(f)
 }
 
@@ -304,10 +334,13 @@ func (p *Provider) live(f *function, r *replica, pause time.Duration) {
 	defer p.mu.Unlock()
 	f.replicas = slices.DeleteFunc(f.replicas, func(o *replica) bool { return o == r })
 	if r.State != sheaf.Draining && p.ctx.Err() == nil {
-		if time.Since(begun) < youth && r.State != sheaf.Ready {
-			f.failures++
-		} else {
+		switch {
+		case time.Since(begun) >= youth:
 			f.failures = 0
+		case r.State == sheaf.Ready: // killed, perhaps: the next one comes soon, but not in a busy loop
+			f.failures = max(f.failures, 1)
+		default:
+			f.failures++
 		}
 		f.logs.add(r.Function, r.ID, fmt.Sprintf("replica ended: %v", err))
 		p.log.Info("replica ended", "function", r.Function, "replica", r.ID, "err", err)
@@ -402,9 +435,6 @@ func (p *Provider) take(ctx context.Context, name string, not []*replica) (*repl
 			return best, nil
 		}
 		p.mu.Unlock()
-		if len(not) > 0 {
-			return nil, errNoReplica
-		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
@@ -417,6 +447,9 @@ func (p *Provider) release(r *replica) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	r.calls--
+	if r.State == sheaf.Draining && r.calls == 0 {
+		close(r.quiet) // take gives it no more
+	}
 }
 
 // split takes "name" or "name.namespace" apart.

@@ -29,11 +29,13 @@ type replica struct {
 	calls      int           // that go through the front now
 	used       uint64        // when the front used it last
 	end        chan struct{} // closed when it shall drain
+	quiet      chan struct{} // closed when it drains and no call goes through the front
 }
 
 const (
 	startTimeout = 30 * time.Second // for a new process to answer
-	drainTimeout = 10 * time.Second // from SIGTERM to SIGKILL
+	drainTimeout = 10 * time.Second // from the order to end to SIGKILL
+	pipeTimeout  = time.Second      // for the last lines of one that has ended
 )
 
 var errEnded = errors.New("told to end")
@@ -45,10 +47,11 @@ func (p *Provider) process(f *function, r *replica) error {
 	if err != nil {
 		return err
 	}
-	addr, err := freeAddress()
+	addr, err := p.address()
 	if err != nil {
 		return err
 	}
+	defer p.leave(addr)
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = environment(r, addr)
 	out, in, err := os.Pipe()
@@ -67,7 +70,8 @@ func (p *Provider) process(f *function, r *replica) error {
 	exited := make(chan error, 1)
 	go func() {
 		err := cmd.Wait()
-		ps.kill() // what it left behind in its group, and what may hold the pipe
+		ps.kill()                                            // what it left behind in its group, and what may hold the pipe
+		_ = out.SetReadDeadline(time.Now().Add(pipeTimeout)) // one that left the group may still hold it
 		logged.Wait()
 		exited <- err
 	}()
@@ -82,7 +86,12 @@ func (p *Provider) process(f *function, r *replica) error {
 	answered := make(chan error, 1)
 	go func() { answered <- p.answers(ctx, addr) }()
 	end := r.end
-	var deadline <-chan time.Time
+	var quiet <-chan struct{}
+	var patience, deadline <-chan time.Time
+	terminate := func() {
+		quiet, patience = nil, nil
+		ps.signal(syscall.SIGTERM)
+	}
 	for {
 		select {
 		case err := <-answered:
@@ -100,9 +109,14 @@ func (p *Provider) process(f *function, r *replica) error {
 			}
 			p.mu.Unlock()
 		case <-end:
-			end = nil
-			ps.signal(syscall.SIGTERM)
-			deadline = time.After(drainTimeout)
+			// A call may be on its way to the replica, which would refuse it, or
+			// cut it, once it is told to end: calls through the front end first.
+			end, quiet = nil, r.quiet
+			patience, deadline = time.After(p.DrainTime/2), time.After(p.DrainTime)
+		case <-quiet:
+			terminate()
+		case <-patience:
+			terminate()
 		case <-deadline:
 			ps.kill()
 		case <-p.ctx.Done():
@@ -153,14 +167,31 @@ func (p *Provider) answers(ctx context.Context, addr string) error {
 	}
 }
 
-// freeAddress finds a port for a replica. Another process may take it first;
-// the replica then fails to start, and the next one gets another port.
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("find a free port: %w", err)
+// address finds a port for a replica that no other one has: a process that is
+// still starting does not hold its own yet. A process of somebody else may take
+// it first; the replica then fails to start, and the next one gets another.
+func (p *Provider) address() (string, error) {
+	for {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return "", fmt.Errorf("find a free port: %w", err)
+		}
+		addr := l.Addr().String()
+		p.mu.Lock()
+		taken := p.ports[addr]
+		p.ports[addr] = true
+		p.mu.Unlock()
+		if err := l.Close(); err != nil || !taken {
+			return addr, err
+		}
 	}
-	return l.Addr().String(), l.Close()
+}
+
+// leave gives an address back.
+func (p *Provider) leave(addr string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.ports, addr)
 }
 
 // environment is what a replica's process sees: as in a container, only what
@@ -206,6 +237,7 @@ func (p *process) signal(s syscall.Signal) { _ = syscall.Kill(-p.pid, s) }
 // the thread that started it ends, not the process.
 type spawner struct {
 	orders chan order
+	closed sync.Once // of orders
 	done   chan struct{}
 }
 
@@ -232,7 +264,7 @@ func (s *spawner) start(cmd *exec.Cmd) (*process, error) {
 
 // close ends the spawner; no start may come after it.
 func (s *spawner) close() {
-	close(s.orders)
+	s.closed.Do(func() { close(s.orders) })
 	<-s.done
 }
 

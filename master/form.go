@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -45,7 +46,7 @@ var forms = []struct {
 // negotiate picks the form by the Accept header (RFC 9110, section 12.5.1): the
 // one of the highest quality, the more usual one of equals.
 func negotiate(accept []string) (form, *wire.Problem) {
-	if len(accept) == 0 {
+	if strings.TrimSpace(strings.Join(accept, "")) == "" {
 		return forms[0].form, nil
 	}
 	best, quality := form(nil), 0.0
@@ -105,7 +106,7 @@ func (j *job) whole(ctx context.Context, w http.ResponseWriter, media string, wr
 	answer, err := j.merge(j.results(ctx))
 	m := measure{sum: sha256.New()}
 	if err == nil {
-		err = write(answer, &m)
+		err = j.guard(func() error { return write(answer, &m) })
 	}
 	if err != nil {
 		j.refuse(ctx, w, err)
@@ -120,13 +121,17 @@ func (j *job) whole(ctx context.Context, w http.ResponseWriter, media string, wr
 	_ = write(answer, w) // the client sees by its length what it got
 }
 
-// refuse says why there is no answer. A client that is gone is not told.
-func (j *job) refuse(ctx context.Context, w http.ResponseWriter, err error) {
+// fail notes that the job has no answer, and why.
+func (j *job) fail(ctx context.Context, err error) {
 	j.failed = true
 	j.h.Log.LogAttrs(ctx, slog.LevelWarn, "job failed", slog.String("job", j.group.Job), slog.Any("err", err))
+}
+
+// refuse says why there is no answer. A client that is gone is not told.
+func (j *job) refuse(ctx context.Context, w http.ResponseWriter, err error) {
+	j.fail(ctx, err)
 	j.numbers(w.Header())
-	j.up.drain()
-	j.problem(err).Write(w)
+	j.up.refuse(w, j.problem(err))
 }
 
 // blockLine is one line of application/x-ndjson.
@@ -161,9 +166,11 @@ func (j *job) summary(done bool) summary {
 func inMilliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // stream prepares an answer that begins while the input still comes.
-func stream(w http.ResponseWriter, media string) *http.ResponseController {
-	control := http.NewResponseController(w)
-	_ = control.EnableFullDuplex() // where it cannot be had, the answer comes after the input
+func (j *job) stream(w http.ResponseWriter, media string) *http.ResponseController {
+	control := j.up.control
+	if !j.up.whole() {
+		control = interrupt(w)
+	}
 	w.Header().Set("Content-Type", media)
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
@@ -173,18 +180,20 @@ func stream(w http.ResponseWriter, media string) *http.ResponseController {
 // lines sends each block's result as it comes, as a line of JSON, and a
 // summary or an error as the last one.
 func (j *job) lines(ctx context.Context, w http.ResponseWriter) {
-	control := stream(w, "application/x-ndjson")
+	control := j.stream(w, "application/x-ndjson")
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false)
+	sent := false
 	err := func() error {
 		for r, err := range j.results(ctx) {
 			if err != nil {
 				return err
 			}
-			result, err := j.h.Job.Line(r, j.mayCut())
-			if err != nil {
+			var result json.RawMessage
+			if err := j.guard(func() (err error) { result, err = j.h.Job.Line(r, j.mayCut()); return err }); err != nil {
 				return &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts, Err: err}
 			}
+			sent = true
 			if err := enc.Encode(blockLine{r.Index, r.Offset, r.Bytes, r.From, r.Attempts,
 				inMilliseconds(r.Elapsed), r.Verified, result}); err != nil {
 				return err
@@ -196,10 +205,10 @@ func (j *job) lines(ctx context.Context, w http.ResponseWriter) {
 	switch {
 	case err == nil:
 		_ = enc.Encode(j.summary(true)) // as above
-	case j.done == 0:
-		j.refuse(ctx, w, err) // nothing was sent yet
+	case !sent:
+		j.refuse(ctx, w, err)
 	default:
-		j.failed = true
+		j.fail(ctx, err)
 		_ = enc.Encode(map[string]any{"error": j.problem(err), "done": false})
 	}
 }
@@ -223,13 +232,16 @@ const (
 // events sends progress events, then a result event with the merged answer
 // and a done event with a summary; or an error event with a problem.
 func (j *job) events(ctx context.Context, w http.ResponseWriter) {
-	out := eventWriter{w: w, control: stream(w, "text/event-stream")}
+	out := eventWriter{w: w, control: j.stream(w, "text/event-stream")}
 	var now atomic.Pointer[progress]
 	note := func() {
 		now.Store(&progress{j.group.Job, j.done, j.bytes, j.up.received(), j.length, len(j.from), inMilliseconds(j.elapsed())})
 	}
 	note()
-	stop := out.report(&now)
+	stop := out.report(&now, func(p progress) progress {
+		p.Received, p.Elapsed = j.up.received(), inMilliseconds(j.elapsed())
+		return p
+	})
 	watched := func(results iter.Seq2[sheaf.Result, error]) iter.Seq2[sheaf.Result, error] {
 		return func(yield func(sheaf.Result, error) bool) {
 			for r, err := range results {
@@ -242,16 +254,20 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 	}
 	answer, err := j.merge(watched(j.results(ctx)))
 	stop()
+	if err == nil {
+		write := Answer.WriteText
+		if j.output == "json" {
+			write = Answer.WriteJSON
+		}
+		err = out.event("result", func(w io.Writer) error {
+			return j.guard(func() error { return write(answer, w) })
+		})
+	}
 	if err != nil {
-		j.failed = true
+		j.fail(ctx, err)
 		out.json("error", j.problem(err))
 		return
 	}
-	write := Answer.WriteText
-	if j.output == "json" {
-		write = Answer.WriteJSON
-	}
-	out.event("result", func(w io.Writer) error { return write(answer, w) })
 	out.json("done", j.summary(true))
 }
 
@@ -262,9 +278,10 @@ type eventWriter struct {
 	control *http.ResponseController
 }
 
-// report sends what now points to as progress events, at once, when it changes
-// and at the end, until stop is called, which waits for the last one.
-func (e *eventWriter) report(now *atomic.Pointer[progress]) (stop func()) {
+// report sends what now points to, made fresh, as progress events: at once,
+// when it changes and at the end, until stop is called, which waits for the
+// last one.
+func (e *eventWriter) report(now *atomic.Pointer[progress], fresh func(progress) progress) (stop func()) {
 	end, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -275,7 +292,7 @@ func (e *eventWriter) report(now *atomic.Pointer[progress]) (stop func()) {
 		for more := true; ; {
 			if p := now.Load(); p != told || time.Since(at) >= aliveEvery {
 				told, at = p, time.Now()
-				e.json("progress", p)
+				e.json("progress", fresh(*p))
 			}
 			if !more {
 				return
@@ -291,15 +308,15 @@ func (e *eventWriter) report(now *atomic.Pointer[progress]) (stop func()) {
 }
 
 func (e *eventWriter) json(name string, v any) {
-	e.event(name, func(w io.Writer) error { return json.NewEncoder(w).Encode(v) })
+	_ = e.event(name, func(w io.Writer) error { return json.NewEncoder(w).Encode(v) }) // a client that left ends the job
 }
 
 // event writes one event; each line of the data gets a field of its own.
-func (e *eventWriter) event(name string, data func(io.Writer) error) {
-	_, _ = fmt.Fprintf(e.w, "event: %s\n", name) // a client that left ends the job
-	_ = data(&dataWriter{w: e.w, start: true})
+func (e *eventWriter) event(name string, data func(io.Writer) error) error {
+	_, _ = fmt.Fprintf(e.w, "event: %s\n", name) // an error of w comes again
+	err := data(&dataWriter{w: e.w, start: true})
 	_, _ = io.WriteString(e.w, "\n")
-	_ = e.control.Flush()
+	return errors.Join(err, e.control.Flush())
 }
 
 // dataWriter puts "data: " before each line.

@@ -1,16 +1,20 @@
 package master
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"os"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/direct"
 	"github.com/sheaf-project/sheaf/gateway"
 	"github.com/sheaf-project/sheaf/internal/serve"
+	"github.com/sheaf-project/sheaf/internal/wire"
 	"github.com/sheaf-project/sheaf/registry"
 )
 
@@ -21,10 +25,12 @@ import (
 //	nats_url         where the record of replicas is; nats://nats.openfaas:4222
 //	gateway_url      for route=gateway; http://gateway.openfaas:8080
 //	worker_function  that does the work; "worker"
-//	max_input, max_block, max_result  bytes
+//	max_input, max_block  bytes
+//	max_result       bytes of one block's result; twice max_block and a little
 //	max_blocks, max_workers, max_jobs numbers
 //	job_memory       bytes of blocks held for one job
 //	read_timeout     how long an upload may stall
+//	replica_wait     how long blocks wait while no replica is ready
 func Main(job Job) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
 		return build(job, getenv)
@@ -52,19 +58,32 @@ func build(job Job, getenv func(string) string) (*serve.Server, func(), error) {
 		MaxWorkers: v.Int("max_workers", DefaultMaxWorkers, 1, 1<<20),
 		Memory:     v.Int("job_memory", DefaultMemory, 1, most),
 		Patience:   v.Duration("read_timeout", DefaultPatience),
-		Log:        slog.Default(),
+
+		ReplicaWait: v.Duration("replica_wait", sheaf.DefaultReplicaWait),
+		Log:         slog.Default(),
 	}
 	s.MaxInflight = v.Int("max_jobs", 100, 1, 1<<20)
-	maxResult := int64(v.Int("max_result", 64<<20, 1, most))
+	// A block that is one word, or all different short ones, has a result that
+	// is longer than it is itself.
+	maxResult := int64(v.Int("max_result", 2*h.MaxBlock+1<<10, 1, most))
 	natsURL := v.String("nats_url", "nats://nats.openfaas:4222")
 	gatewayURL := v.String("gateway_url", "http://gateway.openfaas:8080")
 	if v.Err != nil {
 		return nil, nil, v.Err
 	}
+	expected := func(name, value, what string) (*serve.Server, func(), error) {
+		return nil, nil, fmt.Errorf("environment variable %s is %q; expected %s", name, wire.Cut(value), what)
+	}
+	if !functionName.MatchString(h.Function) {
+		return expected("worker_function", h.Function, "the name of a function, as worker or worker.openfaas-fn")
+	}
+	if u, err := url.Parse(gatewayURL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return expected("gateway_url", gatewayURL, "a URL such as http://gateway.openfaas:8080")
+	}
 	nc, err := nats.Connect(natsURL, nats.Name("sheaf master "+s.Replica),
 		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond))
-	if err != nil {
-		return nil, nil, fmt.Errorf("environment variable nats_url is %q: %w", natsURL, err)
+	if err != nil { // it repeats the value, which may hold a password
+		return nil, nil, errors.New("environment variable nats_url cannot be used; expected URLs such as nats://nats.openfaas:4222")
 	}
 	reg, err := registry.Open(nc, h.Log)
 	if err != nil {

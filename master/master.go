@@ -9,6 +9,7 @@
 package master
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"iter"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 	"time"
 
@@ -75,7 +77,10 @@ type Handler struct {
 	MaxWorkers int           // that a request may ask for; 0 means 1000
 	Memory     int           // bytes of blocks held for one job; 0 means 16 MiB
 	Patience   time.Duration // how long an upload may stall; 0 means one minute
-	Log        *slog.Logger  // nil means slog.Default
+	// ReplicaWait is how long blocks may wait while no replica is ready; 0
+	// means 30 seconds.
+	ReplicaWait time.Duration
+	Log         *slog.Logger // nil means slog.Default
 }
 
 var _ http.Handler = (*Handler)(nil)
@@ -109,15 +114,15 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h = h.withDefaults()
 	form, p := h.admit(w, r)
 	if p != nil {
-		p.Write(w)
+		refuse(w, r, p)
 		return
 	}
 	up := openUpload(w, r, h.MaxInput, h.Patience)
 	defer up.close()
 	j, p := h.prepare(r, up)
 	if p != nil {
+		up.refuse(w, p)
 		up.drain()
-		p.Write(w)
 		return
 	}
 	j.begun = begun
@@ -132,6 +137,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.Log.LogAttrs(ctx, slog.LevelInfo, "job ended", slog.String("job", j.group.Job),
 		slog.String("function", j.group.Function), slog.Int("blocks", j.done), slog.Int("replicas", len(j.from)),
 		slog.Int64("bytes", up.received()), slog.Duration("elapsed", j.elapsed()), slog.Bool("ok", !j.failed))
+	if j.failed {
+		up.drain()
+	}
 }
 
 var errJobTimeout = errors.New("the job's time is over")
@@ -186,6 +194,11 @@ func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
 		for r, err := range j.group.Scatter(ctx, j.split.Split(j.up)) {
 			if err != nil {
 				j.up.leave() // Scatter waits for whoever reads the upload
+				if cause := context.Cause(ctx); errors.Is(cause, errJobTimeout) {
+					err = cause // attempts that it cut short may have failed the block first
+				} else if cause != nil {
+					err = cmp.Or(j.up.broken(), err)
+				}
 				yield(r, err)
 				return
 			}
@@ -205,17 +218,34 @@ func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
 
 // merge merges results, in block order, as they come.
 func (j *job) merge(results iter.Seq2[sheaf.Result, error]) (Answer, error) {
-	answer := j.h.Job.New()
+	var answer Answer
+	if err := j.guard(func() error { answer = j.h.Job.New(); return nil }); err != nil {
+		return nil, err
+	}
 	for r, err := range sheaf.InOrder(results) {
 		if err != nil {
 			return nil, err
 		}
-		if err := answer.Add(r); err != nil {
+		if err := j.guard(func() error { return answer.Add(r) }); err != nil {
 			return nil, &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts,
 				Err: fmt.Errorf("the result that replica %s gave cannot be merged: %w", r.From, err)}
 		}
 	}
 	return answer, nil
+}
+
+var errPanicked = errors.New("the master's job panicked; its log has the stack")
+
+// guard calls a function of the Job. A panic is an error: it must not pass
+// through a scatter, which waits for an upload that nobody would end.
+func (j *job) guard(f func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			j.h.Log.Error("job panicked", "job", j.group.Job, "panic", v, "stack", string(debug.Stack()))
+			err = errPanicked
+		}
+	}()
+	return f()
 }
 
 // numbers sets the headers that tell how the job went.
@@ -257,6 +287,8 @@ func (j *job) classify(err error) *wire.Problem {
 		return wire.Refuse(http.StatusGatewayTimeout, "job_timeout",
 			fmt.Sprintf("the job did not end within %v, its timeout; give it more time or more workers", j.timeout)).
 			About("timeout").Within(j.timeout.String())
+	case errors.Is(err, errPanicked):
+		return wire.Refuse(http.StatusInternalServerError, "job_panicked", err.Error())
 	case errors.Is(err, sheaf.ErrTooManyBlocks):
 		p := wire.Refuse(http.StatusUnprocessableEntity, "too_many_blocks",
 			fmt.Sprintf("the input makes more than %d blocks of %d bytes", j.h.MaxBlocks, j.split.Size)).

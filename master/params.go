@@ -5,6 +5,7 @@ package master
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -42,8 +43,8 @@ func readQuery(raw string) (params, *wire.Problem) {
 		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, fmt.Sprintf("the query cannot be read: %v", err))
 	}
 	ps := params{}
-	for name, list := range values {
-		for _, v := range list {
+	for _, name := range slices.Sorted(maps.Keys(values)) { // of two faults always the same is told
+		for _, v := range values[name] {
 			if p := ps.set(name, v); p != nil {
 				return nil, p
 			}
@@ -105,13 +106,13 @@ func (h *Handler) block(ps params, length int64, by string) (int, *wire.Problem)
 	case errors.Is(err, strconv.ErrRange), err == nil && (size < 1 || size > h.MaxBlock):
 		return 0, outOfRange("block", v, 1, h.MaxBlock)
 	case err != nil:
-		return 0, bad("block", "block %v", err)
+		return 0, bad("block", "block is %q, and must be a whole number of bytes, such as 300, 64KiB or 1MiB", wire.Cut(v))
 	}
 	// Only blocks of bytes can be counted before they are read.
 	if blocks := (length + int64(size) - 1) / int64(size); by == "bytes" && blocks > int64(h.MaxBlocks) {
 		return 0, wire.Refuse(http.StatusUnprocessableEntity, "too_many_blocks",
-			fmt.Sprintf("block %s makes %d blocks of %d bytes, more than %d; block=%d is large enough",
-				v, blocks, length, h.MaxBlocks, enough(length, h.MaxBlocks))).About("block").Within(h.MaxBlocks)
+			fmt.Sprintf("block %q makes %d blocks of %d bytes, more than %d; block=%d is large enough",
+				wire.Cut(v), blocks, length, h.MaxBlocks, (length-1)/int64(h.MaxBlocks)+1)).About("block").Within(h.MaxBlocks)
 	}
 	return size, nil
 }
@@ -218,11 +219,10 @@ func (ps params) splitter(by string) (sheaf.Splitter, *wire.Problem) {
 		return s, bad("delimiter", "delimiter is for split=records and split=csv, not for split=%s", by)
 	}
 	d, ok := delimiter(v)
-	if !ok || d == "" || s.Validate() != nil {
+	if s.Delimiter = d; !ok || d == "" {
 		return s, wire.Refuse(http.StatusUnprocessableEntity, "bad_delimiter",
 			fmt.Sprintf(`delimiter %q must be 1 to 16 bytes, of which \n \r \t \0 \\ and \xHH may stand for one`, wire.Cut(v))).About("delimiter").Within(16)
 	}
-	s.Delimiter = d
 	if err := s.Validate(); err != nil {
 		return s, wire.Refuse(http.StatusUnprocessableEntity, "bad_delimiter", err.Error()).About("delimiter").Within(16)
 	}
@@ -276,7 +276,7 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 		Function: function, Route: h.Direct, Resolver: h.Resolver, Job: sheaf.NewJob(),
 		Limit:      min(max(h.Memory/j.split.Size, 4), 256),
 		LimitBytes: int64(max(h.Memory, 4*j.split.Size)),
-		Verified:   verify == "require",
+		Verified:   verify == "require", ReplicaWait: h.ReplicaWait,
 	}
 	if route == "gateway" {
 		if h.Gateway == nil {

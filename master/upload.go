@@ -29,6 +29,24 @@ const (
 	drainTimeout = 2 * time.Second
 )
 
+// interrupt lets an answer leave while the input still comes: net/http would
+// first wait for the rest of the body, which may never come. That rest must
+// not be taken for the next request, so the connection ends with the answer.
+func interrupt(w http.ResponseWriter) *http.ResponseController {
+	control := http.NewResponseController(w)
+	_ = control.EnableFullDuplex() // where it cannot be had, the answer comes after the input
+	w.Header().Set("Connection", "close")
+	return control
+}
+
+// refuse answers a request whose body was not looked at.
+func refuse(w http.ResponseWriter, r *http.Request, p *wire.Problem) {
+	if r.ContentLength != 0 {
+		_ = interrupt(w).SetReadDeadline(time.Now().Add(drainTimeout)) // for the rest of the body, which net/http reads
+	}
+	p.Write(w)
+}
+
 // Names of the form field that holds the file. The second one is the thesis's.
 var fileFields = []string{"file", "myfile"}
 
@@ -50,10 +68,12 @@ type upload struct {
 	end    chan struct{} // closed when nobody reads any more
 	read   atomic.Bool   // to its end, or to where it broke
 	wg     sync.WaitGroup
-	err    error // why the pieces ended; written before they are closed
-	piece  []byte
-	held   []byte // the buffer that piece is part of
-	count  atomic.Int64
+
+	closing sync.Once
+	err     error // why the pieces ended; written before they are closed
+	piece   []byte
+	held    []byte // the buffer that piece is part of
+	count   atomic.Int64
 }
 
 // openUpload begins to read the body of r.
@@ -85,10 +105,6 @@ func (u *upload) ahead(limit int64) {
 	defer u.read.Store(true)
 	var read int64
 	var waited time.Duration
-	defer func() {
-		// Nothing may time out any more: the server now watches for the client to leave.
-		_ = u.control.SetReadDeadline(time.Time{})
-	}()
 	for {
 		var buf []byte
 		select {
@@ -97,8 +113,15 @@ func (u *upload) ahead(limit int64) {
 			buf = make([]byte, readPiece)
 		}
 		begun := time.Now()
-		left := u.patient + time.Duration(read/slowest)*time.Second - waited
-		_ = u.control.SetReadDeadline(begun.Add(left)) // a ResponseWriter that cannot has no slow clients
+		left := min(u.patient, u.patient+time.Duration(read/slowest)*time.Second-waited)
+		deadline := begun.Add(left)
+		_ = u.control.SetReadDeadline(deadline) // a ResponseWriter that cannot has no slow clients
+		select {
+		case <-u.end: // close has set a deadline, and this one may have come after it
+			u.err = errNotWanted
+			return
+		default:
+		}
 		n, err := u.body.Read(buf[:readPiece])
 		waited += time.Since(begun)
 		read += int64(n)
@@ -116,7 +139,13 @@ func (u *upload) ahead(limit int64) {
 			}
 		}
 		if err != nil {
-			u.err = u.judge(err)
+			if u.err = u.judge(err); errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(deadline) {
+				u.err = errNotWanted // it was the deadline that close has set
+			}
+			if u.err == io.EOF {
+				// Nothing may time out any more: the server now watches for the client to leave.
+				_ = u.control.SetReadDeadline(time.Time{})
+			}
 			return
 		}
 	}
@@ -136,6 +165,9 @@ func (u *upload) judge(err error) error {
 			fmt.Sprintf("the upload was cut after %d bytes: %v; send it again", u.count.Load(), err))
 	}
 }
+
+// whole says whether the body was read to its end.
+func (u *upload) whole() bool { return u.read.Load() && u.err == io.EOF }
 
 // received is how many bytes of the body have come.
 func (u *upload) received() int64 { return u.count.Load() }
@@ -175,8 +207,17 @@ func (r raw) Read(p []byte) (int, error) {
 // called once.
 func (u *upload) leave() { close(u.left) }
 
-// drain reads on for a while, so that a client that is still sending comes to
-// read the refusal.
+// refuse sends p at once, also to a client that is still sending.
+func (u *upload) refuse(w http.ResponseWriter, p *wire.Problem) {
+	if !u.whole() {
+		interrupt(w)
+	}
+	p.Write(w)
+	_ = u.control.Flush() // a client that left needs no answer
+}
+
+// drain reads on for a while after a refusal, so that a client that sends all
+// before it reads comes to read it, and is not reset meanwhile.
 func (u *upload) drain() {
 	if u.body == nil {
 		return
@@ -189,19 +230,35 @@ func (u *upload) drain() {
 				return
 			}
 			n += int64(len(piece))
-		case <-time.After(drainTimeout):
+		case <-time.After(drainTimeout - time.Since(begun)):
 			return
 		}
 	}
 }
 
+// broken returns why the upload broke, or nil if it did not. It ends the
+// reading: it is for when the request's context has ended. net/http ends that
+// as soon as a body cannot be read, which may be before the reader says why.
+func (u *upload) broken() error {
+	u.close()
+	if p, ok := errors.AsType[*wire.Problem](u.err); ok {
+		return p
+	}
+	return nil
+}
+
 // close ends the reading and waits for it.
-func (u *upload) close() {
+func (u *upload) close() { u.closing.Do(u.stop) }
+
+func (u *upload) stop() {
 	close(u.end)
 	if !u.read.Load() {
 		_ = u.control.SetReadDeadline(time.Unix(1, 0)) // ends a read that hangs
 	}
 	u.wg.Wait()
+	if !u.whole() { // net/http looks for the end of the body, and must not do so for ever
+		_ = u.control.SetReadDeadline(time.Now().Add(drainTimeout))
+	}
 }
 
 // accepted are the media types of a bare body; any text is accepted, too.
@@ -211,7 +268,7 @@ var accepted = []string{"application/octet-stream", "application/x-www-form-urle
 // begin finds the input in the body, and takes parameters from the fields of a
 // form that come before it.
 func (u *upload) begin(r *http.Request, ps params) *wire.Problem {
-	if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
+	if e := strings.Join(r.Header.Values("Content-Encoding"), ", "); e != "" && !strings.EqualFold(e, "identity") {
 		return wire.Refuse(http.StatusUnsupportedMediaType, "encoding_not_supported",
 			fmt.Sprintf("Content-Encoding %q is not accepted; send the input as it is", wire.Cut(e)))
 	}
@@ -273,7 +330,7 @@ func (u *upload) form(parts *multipart.Reader, boundary string, ps params) *wire
 		}
 		name := part.FormName()
 		if slices.Contains(fileFields, name) {
-			u.src = &filePart{part: part, parts: parts, n: n}
+			u.src = &filePart{body: raw{u}, part: part, parts: parts, n: n}
 			u.length = -1
 			return nil
 		}
@@ -302,6 +359,7 @@ func tooManyParts() *wire.Problem {
 // filePart reads the file of a form, and at its end what follows it: nothing
 // may that would change the job.
 type filePart struct {
+	body  io.Reader // that holds the form
 	part  *multipart.Part
 	parts *multipart.Reader
 	n     int
@@ -322,11 +380,14 @@ func (f *filePart) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// rest returns io.EOF when the form ends as it should.
+// rest returns io.EOF when the form ends as it should, and the body with it.
 func (f *filePart) rest() error {
 	for {
 		part, err := f.parts.NextRawPart()
 		if err == io.EOF {
+			if _, err := io.Copy(io.Discard, f.body); err != nil {
+				return err
+			}
 			return io.EOF
 		}
 		if err != nil {

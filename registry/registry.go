@@ -107,8 +107,12 @@ type Registry struct {
 var _ sheaf.Resolver = (*Registry)(nil)
 
 // Open returns a Registry that follows the record over nc. It does not wait:
-// the record may come later, or NATS may. Close ends it.
+// the record may come later, or NATS may. A nil log means slog.Default. Close
+// ends it.
 func Open(nc *nats.Conn, log *slog.Logger) (*Registry, error) {
+	if log == nil {
+		log = slog.Default()
+	}
 	js, err := jetstream.New(nc)
 	if err != nil {
 		return nil, fmt.Errorf("open the record of replicas: %w", err)
@@ -146,8 +150,18 @@ func (r *Registry) follow(ctx context.Context) {
 	}
 }
 
+// lostWait is how long a function that was known may be missing from a bucket
+// that is read again, until it counts as gone: a bucket that NATS lost is empty
+// at first, and the watcher fills it. A function that was deleted has left a
+// mark in the bucket, and does not wait.
+const lostWait = 5 * time.Second
+
 // read follows the bucket until it cannot be followed any more.
 func (r *Registry) read(ctx context.Context) error {
+	// After a reconnection the bucket may be another one, and the client would
+	// go on after the last revision of the former, 10 seconds later.
+	connected := r.nc.StatusChanged(nats.CONNECTED)
+	defer r.nc.RemoveStatusListener(connected)
 	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	kv, err := r.js.KeyValue(ask, Bucket)
@@ -159,17 +173,41 @@ func (r *Registry) read(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = w.Stop() }() // it ends with its connection in any case
+	r.mu.Lock()
+	missing := maps.Clone(r.records)
+	r.mu.Unlock()
+	var lost <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-connected:
+			return errors.New("the connection is a new one")
 		case e, ok := <-w.Updates():
 			if !ok {
 				return errors.New("the watch of the bucket ended")
 			}
+			if e != nil {
+				delete(missing, e.Key())
+			} else if len(missing) > 0 {
+				lost = time.After(lostWait)
+			}
 			r.apply(e)
+		case <-lost:
+			r.drop(missing)
 		}
 	}
+}
+
+// drop forgets functions.
+func (r *Registry) drop(gone map[string]Record) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for key := range gone {
+		delete(r.records, key)
+	}
+	close(r.changed)
+	r.changed = make(chan struct{})
 }
 
 // apply takes one entry over; nil says that all there were at first are read.
@@ -212,16 +250,16 @@ const newFunctionWait = 2 * time.Second
 func (r *Registry) Watch(ctx context.Context, function string) iter.Seq2[sheaf.View, error] {
 	return func(yield func(sheaf.View, error) bool) {
 		key := Key(function)
-		var last uint64
-		seen := false
-		patience := time.NewTimer(newFunctionWait)
-		defer patience.Stop()
-		expired := false
+		var last Record
+		var patience <-chan time.Time // runs once the record has been read
+		seen, expired := false, false
 		for {
 			rec, known, synced, changed := r.get(key)
 			switch {
-			case known && (!seen || rec.Epoch != last):
-				seen, last = true, rec.Epoch
+			// The epoch alone does not tell: a bucket that was lost may count
+			// from 1 again.
+			case known && (!seen || rec.Epoch != last.Epoch || !same(rec, last)):
+				seen, last = true, rec
 				if !yield(rec.View(), nil) {
 					return
 				}
@@ -229,9 +267,12 @@ func (r *Registry) Watch(ctx context.Context, function string) iter.Seq2[sheaf.V
 				yield(sheaf.View{}, fmt.Errorf("%s: %w", function, sheaf.ErrNoFunction))
 				return
 			}
+			if synced && patience == nil {
+				patience = time.After(newFunctionWait)
+			}
 			select {
 			case <-changed:
-			case <-patience.C:
+			case <-patience:
 				expired = true
 			case <-ctx.Done():
 				return
@@ -284,6 +325,9 @@ func (r *Registry) AtLeast(ctx context.Context, function string, n int) (int, er
 	var answer scaleReply
 	if err := json.Unmarshal(msg.Data, &answer); err != nil {
 		return 0, fmt.Errorf("answer of the watcher: %w", err)
+	}
+	if answer.Error == sheaf.ErrNoFunction.Error() {
+		return 0, fmt.Errorf("%s: %w", function, sheaf.ErrNoFunction)
 	}
 	if answer.Error != "" {
 		return 0, fmt.Errorf("ask the watcher for %d replicas of %s: %s", n, function, answer.Error)

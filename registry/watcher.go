@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -49,22 +50,27 @@ type Watcher struct {
 	Durable bool
 	Log     *slog.Logger // nil means slog.Default
 
-	kv    jetstream.KeyValue
-	known map[string]*watched
+	kv     jetstream.KeyValue
+	stream jetstream.Stream // that the bucket is
+	made   time.Time        // when it was made
+	last   uint64           // the greatest revision seen
+	known  map[string]*watched
 }
 
 // watched is what the watcher knows of one function.
 type watched struct {
 	status  *types.FunctionStatus // of the provider; nil before it told
 	view    *sheaf.View           // of the source; nil before it told
-	written Record                // what the bucket holds, by our knowledge
+	former  []sheaf.Replica       // from the bucket, until the source tells
+	missed  int                   // lists of the provider in a row that lack it
+	written Record                // what the bucket holds; Epoch 0: not known
+	erased  bool                  // the bucket holds nothing of it
 }
 
-// scaleOrder is a request for replicas with the way to answer it.
-type scaleOrder struct {
-	scaleRequest
-	answer func(scaleReply)
-}
+// goneAfter is how many lists of the provider must lack a function until it is
+// gone: one may have been made before the function was, or be empty because
+// the provider has only just started. The source's word is enough at once.
+const goneAfter = 2
 
 // Run keeps the record until ctx ends. It returns an error only if it cannot
 // begin; what fails later is tried again.
@@ -83,8 +89,9 @@ func (w *Watcher) Run(ctx context.Context) error {
 	if err := w.open(ctx, js); err != nil {
 		return fmt.Errorf("watcher: %w", err)
 	}
-	orders := make(chan scaleOrder)
-	sub, err := w.Conn.QueueSubscribe(ScaleSubject, "watcher", func(m *nats.Msg) { w.order(ctx, m, orders) })
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	sub, err := w.Conn.QueueSubscribe(ScaleSubject, "watcher", func(m *nats.Msg) { w.order(ctx, m) })
 	if err != nil {
 		return fmt.Errorf("watcher: take scale requests: %w", err)
 	}
@@ -94,16 +101,16 @@ func (w *Watcher) Run(ctx context.Context) error {
 	counts := make(chan []types.FunctionStatus)
 	poll := make(chan struct{}, 1)
 	poll <- struct{}{}
-	done := make(chan struct{})
-	ctx, cancel := context.WithCancel(ctx)
-	go func() { defer close(done); w.source(ctx, views, poll) }()
-	polled := make(chan struct{})
-	go func() { defer close(polled); w.poll(ctx, poll, counts) }()
-	defer func() { cancel(); <-done; <-polled }()
+	var wg sync.WaitGroup
+	wg.Go(func() { w.source(ctx, views, poll) })
+	wg.Go(func() { w.poll(ctx, poll, counts) })
+	defer func() { cancel(); wg.Wait() }()
 
 	again := time.NewTicker(w.Period)
 	defer again.Stop()
+	failing := false
 	for {
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
@@ -111,28 +118,59 @@ func (w *Watcher) Run(ctx context.Context) error {
 			w.seen(v)
 		case list := <-counts:
 			w.counted(list)
-		case o := <-orders:
-			o.answer(w.scale(ctx, o.scaleRequest))
-		case <-again.C: // what could not be written before
-			select {
-			case poll <- struct{}{}:
-			default:
-			}
+		case <-again.C:
+			nudge(poll)
+			err = w.look(ctx, js)
 		}
-		if err := w.write(ctx); err != nil && ctx.Err() == nil {
+		if err == nil {
+			err = w.write(ctx)
+		}
+		if err != nil && !failing && ctx.Err() == nil {
 			w.Log.Warn("record of replicas is not writable; trying again", "err", err)
-			if errors.Is(err, jetstream.ErrBucketNotFound) || errors.Is(err, jetstream.ErrNoStreamResponse) ||
-				errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, nats.ErrNoResponders) {
-				err = w.open(ctx, js)
-			}
-			if err != nil {
-				w.Log.Debug("bucket", "err", err)
-			}
 		}
+		failing = err != nil
 	}
 }
 
-// open makes or finds the bucket, and forgets what it held before.
+// nudge asks for a poll, unless one is asked for already.
+func nudge(poll chan<- struct{}) {
+	select {
+	case poll <- struct{}{}:
+	default:
+	}
+}
+
+// look finds out whether the bucket is as we left it. NATS may have lost it,
+// and another watcher, or a person, may have written to it; what it holds is
+// then read again before it is written.
+func (w *Watcher) look(ctx context.Context, js jetstream.JetStream) error {
+	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	info, err := w.stream.Info(ask)
+	switch {
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		return w.open(ctx, js)
+	case err != nil:
+		return fmt.Errorf("look at bucket %s: %w", Bucket, err)
+	case !info.Created.Equal(w.made):
+		return w.open(ctx, js)
+	case info.State.LastSeq != w.last:
+		w.last = info.State.LastSeq
+		w.forget()
+	}
+	return nil
+}
+
+// forget leaves open what the bucket holds.
+func (w *Watcher) forget() {
+	for _, k := range w.known {
+		k.written, k.erased = Record{}, false
+	}
+}
+
+// open makes or finds the bucket, and forgets what it held before. Functions
+// that it holds from earlier are known from then on: they keep their replicas
+// until the source has spoken, and are removed if nobody tells of them.
 func (w *Watcher) open(ctx context.Context, js jetstream.JetStream) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -146,35 +184,55 @@ func (w *Watcher) open(ctx context.Context, js jetstream.JetStream) error {
 	if err != nil {
 		return fmt.Errorf("make bucket %s: %w", Bucket, err)
 	}
-	w.kv = kv
-	for _, k := range w.known {
-		k.written = Record{}
+	stream, err := js.Stream(ctx, "KV_"+Bucket)
+	if err != nil {
+		return fmt.Errorf("open bucket %s: %w", Bucket, err)
 	}
+	info := stream.CachedInfo()
+	if info.State.Msgs == 0 && info.State.LastSeq < w.last {
+		// A bucket that was lost and made again counts on from where it was:
+		// epochs rise, whatever happens to NATS.
+		if err := stream.Purge(ctx, jetstream.WithPurgeSequence(w.last+1)); err != nil {
+			return fmt.Errorf("set the epoch of bucket %s: %w", Bucket, err)
+		}
+	}
+	keys, err := kv.Keys(ctx)
+	if err != nil && !errors.Is(err, jetstream.ErrNoKeysFound) {
+		return fmt.Errorf("read bucket %s: %w", Bucket, err)
+	}
+	w.kv, w.stream, w.made, w.last = kv, stream, info.Created, max(w.last, info.State.LastSeq)
+	for _, key := range keys {
+		k := w.of(key)
+		var old Record
+		if e, err := kv.Get(ctx, key); err == nil && json.Unmarshal(e.Value(), &old) == nil {
+			k.former = old.Replicas
+		}
+	}
+	w.forget()
 	return nil
 }
 
 // source reads the stream of addresses, again and again.
 func (w *Watcher) source(ctx context.Context, views chan<- sheaf.View, poll chan<- struct{}) {
 	pause := 10 * time.Millisecond
+	failing := false
 	for ctx.Err() == nil {
 		for v, err := range w.Source.Replicas(ctx) {
 			if err != nil {
-				if ctx.Err() == nil {
-					w.Log.Warn("addresses are not known; asking again", "err", err, "pause", pause)
+				if !failing && ctx.Err() == nil {
+					w.Log.Warn("addresses are not known; asking again", "err", err)
 				}
+				failing = true
 				break
 			}
-			pause = 10 * time.Millisecond
+			pause, failing = 10*time.Millisecond, false
 			select {
 			case views <- v:
 			case <-ctx.Done():
 				return
 			}
 		}
-		select { // whatever was missed
-		case poll <- struct{}{}:
-		default:
-		}
+		nudge(poll) // for whatever was missed
 		select {
 		case <-time.After(pause):
 			pause = min(2*pause, 2*time.Second)
@@ -185,6 +243,7 @@ func (w *Watcher) source(ctx context.Context, views chan<- sheaf.View, poll chan
 
 // poll asks the provider for its functions when told to.
 func (w *Watcher) poll(ctx context.Context, when <-chan struct{}, counts chan<- []types.FunctionStatus) {
+	failing := false
 	for {
 		select {
 		case <-when:
@@ -195,11 +254,13 @@ func (w *Watcher) poll(ctx context.Context, when <-chan struct{}, counts chan<- 
 		list, err := w.Provider.Functions(ask)
 		cancel()
 		if err != nil {
-			if ctx.Err() == nil {
+			if !failing && ctx.Err() == nil {
 				w.Log.Warn("functions are not known; keeping the last list", "err", err)
 			}
+			failing = true
 			continue
 		}
+		failing = false
 		select {
 		case counts <- list:
 		case <-ctx.Done():
@@ -220,38 +281,49 @@ func (w *Watcher) of(key string) *watched {
 // seen takes over what the source told.
 func (w *Watcher) seen(v sheaf.View) {
 	switch {
-	case v.Function == "": // a heartbeat
+	case v.Function == "": // a heartbeat, by when the source has told all
+		for _, k := range w.known {
+			k.former = nil
+		}
 	case v.Desired < 0:
 		if k := w.known[Key(v.Function)]; k != nil {
-			k.view, k.status = nil, nil
+			k.view, k.status, k.former, k.missed = nil, nil, nil, goneAfter
 		}
 	default:
-		w.of(Key(v.Function)).view = &v
+		k := w.of(Key(v.Function))
+		k.view, k.former, k.missed = &v, nil, 0
 	}
 }
 
-// counted takes over what the provider told. A function that it does not list
-// is gone, whatever the source told of it.
+// keyOf is the key of a function that the provider lists.
+func keyOf(s types.FunctionStatus) string {
+	if s.Namespace == "" {
+		return Key(s.Name)
+	}
+	return s.Name + "." + s.Namespace
+}
+
+// counted takes over what the provider told.
 func (w *Watcher) counted(list []types.FunctionStatus) {
 	here := make(map[string]bool, len(list))
 	for _, s := range list {
-		name := s.Name
-		if s.Namespace != "" {
-			name += "." + s.Namespace
-		}
-		here[Key(name)] = true
-		w.of(Key(name)).status = &s
+		key := keyOf(s)
+		here[key] = true
+		k := w.of(key)
+		k.status, k.missed = &s, 0
 	}
 	for key, k := range w.known {
-		if !here[key] && k.status != nil { // it was listed once: not one that is too new
-			k.view, k.status = nil, nil
+		// One that only the source tells of, and no list did yet, is new.
+		if !here[key] && (k.status != nil || k.view == nil) {
+			k.missed++
 		}
 	}
 }
 
-// record merges what is known of a function. ok is false when it is gone.
+// record merges what is known of a function. ok is false when it is gone, or
+// nothing was told of it yet.
 func (k *watched) record(key string) (rec Record, ok bool) {
-	rec = Record{Function: key}
+	rec = Record{Function: key, Replicas: k.former}
 	if k.status != nil {
 		rec.Desired = int(k.status.Replicas)
 	}
@@ -260,7 +332,7 @@ func (k *watched) record(key string) (rec Record, ok bool) {
 		rec.Replicas = slices.Clone(k.view.Replicas)
 		order(rec.Replicas)
 	}
-	return rec, k.status != nil || k.view != nil
+	return rec, k.missed < goneAfter && (k.status != nil || k.view != nil)
 }
 
 // write brings the bucket up to date.
@@ -268,15 +340,22 @@ func (w *Watcher) write(ctx context.Context) error {
 	for _, key := range slices.Sorted(maps.Keys(w.known)) {
 		k := w.known[key]
 		rec, here := k.record(key)
-		if here && k.written.Epoch > 0 && same(rec, k.written) {
+		switch {
+		case here && k.written.Epoch > 0 && same(rec, k.written):
+			continue
+		case !here && (k.missed < goneAfter || k.erased):
 			continue
 		}
 		if err := w.put(ctx, key, rec, here); err != nil {
-			return err
+			return fmt.Errorf("write the record of %s: %w", key, err)
 		}
-		if !here {
+		k.erased = !here
+		if !here && k.view == nil {
 			delete(w.known, key)
 		}
+		// What the source told of a function is kept even when the provider
+		// lists it no more: if that was a mistake, the source has no reason to
+		// tell it again.
 	}
 	return nil
 }
@@ -310,15 +389,16 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 				return nil
 			}
 		}
-		if !here {
-			return w.kv.Delete(ctx, key)
-		}
-		if epoch == 0 {
+		switch {
+		case !here:
+			err = w.kv.Delete(ctx, key, jetstream.LastRevision(epoch))
+			epoch = 0
+		case epoch == 0:
 			epoch, err = w.kv.Create(ctx, key, body)
-		} else {
+		default:
 			epoch, err = w.kv.Update(ctx, key, body, epoch)
 		}
-		if errors.Is(err, jetstream.ErrKeyExists) {
+		if errors.Is(err, jetstream.ErrKeyExists) || errors.Is(err, jetstream.ErrKeyRevisionMismatch) {
 			k.written = Record{}
 			continue
 		}
@@ -327,49 +407,49 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 		}
 		k.written = rec
 		k.written.Epoch = epoch
+		w.last = max(w.last, epoch)
 		return nil
 	}
 }
 
-// order takes a scale request from NATS to the watcher's loop.
-func (w *Watcher) order(ctx context.Context, m *nats.Msg, orders chan<- scaleOrder) {
-	answer := func(a scaleReply) {
-		if body, err := json.Marshal(a); err == nil {
-			_ = m.Respond(body) // the asker has a deadline of its own
-		}
-	}
+// order answers a scale request. It runs beside the watcher's loop, which a
+// provider that hangs must not hold up; requests are taken one after another.
+func (w *Watcher) order(ctx context.Context, m *nats.Msg) {
 	var req scaleRequest
-	if err := json.Unmarshal(m.Data, &req); err != nil || req.Function == "" || req.Replicas < 1 {
-		answer(scaleReply{Error: "the request names no function, or fewer than 1 replica"})
-		return
+	answer := scaleReply{Error: "the request names no function, or fewer than 1 replica"}
+	if err := json.Unmarshal(m.Data, &req); err == nil && req.Function != "" && req.Replicas > 0 {
+		answer = w.scale(ctx, req)
 	}
-	select {
-	case orders <- scaleOrder{req, answer}:
-	case <-ctx.Done():
+	if body, err := json.Marshal(answer); err == nil {
+		_ = m.Respond(body) // the asker has a deadline of its own
 	}
 }
 
 // scale raises a function's replicas to what is asked, as far as its labels
-// allow. It never lowers them: others may be using them.
+// allow. It never lowers them, since others may be using them: how many there
+// are is asked of the provider now, as what the watcher knows may be old.
 func (w *Watcher) scale(ctx context.Context, req scaleRequest) scaleReply {
-	k := w.known[Key(req.Function)]
-	if k == nil || k.status == nil && k.view == nil {
-		return scaleReply{Error: sheaf.ErrNoFunction.Error()}
-	}
-	rec, _ := k.record(req.Function)
-	n := max(req.Replicas, rec.Desired)
-	if k.status != nil && k.status.Labels != nil {
-		if most, err := strconv.Atoi((*k.status.Labels)["com.openfaas.scale.max"]); err == nil {
-			n = max(min(n, most), rec.Desired)
-		}
-	}
-	if n == rec.Desired {
-		return scaleReply{Replicas: n}
-	}
-	name, _, _ := strings.Cut(req.Function, ".")
 	ctx, cancel := context.WithTimeout(ctx, 8*time.Second)
 	defer cancel()
-	if err := w.Provider.Scale(ctx, name, n); err != nil {
+	list, err := w.Provider.Functions(ctx)
+	if err != nil {
+		return scaleReply{Error: err.Error()}
+	}
+	key := Key(req.Function)
+	i := slices.IndexFunc(list, func(s types.FunctionStatus) bool { return keyOf(s) == key })
+	if i < 0 {
+		return scaleReply{Error: sheaf.ErrNoFunction.Error()}
+	}
+	n, has := req.Replicas, int(list[i].Replicas)
+	if labels := list[i].Labels; labels != nil {
+		if most, err := strconv.Atoi((*labels)["com.openfaas.scale.max"]); err == nil {
+			n = min(n, most)
+		}
+	}
+	if n <= has {
+		return scaleReply{Replicas: has}
+	}
+	if err := w.Provider.Scale(ctx, strings.TrimSuffix(key, "."+DefaultNamespace), n); err != nil {
 		return scaleReply{Error: err.Error()}
 	}
 	return scaleReply{Replicas: n}

@@ -15,7 +15,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"os"
@@ -48,7 +47,8 @@ type Handler struct {
 	Func Func
 	// MaxBlock is how long a block may be, in bytes; 0 means 128 MiB.
 	MaxBlock int64
-	// ReadTimeout is for the arrival of a block; 0 means one minute.
+	// ReadTimeout is for the arrival of a block, and for the result to leave; 0
+	// means one minute.
 	ReadTimeout time.Duration
 	// MaxTime is how long Func may take; 0 means as long as the caller waits.
 	MaxTime time.Duration
@@ -107,7 +107,11 @@ func Main(f Func) {
 // ServeHTTP reads a block, calls Func and sends its result with its length and
 // digest.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	result, p := h.serve(w, r)
+	begun := time.Now()
+	control := http.NewResponseController(w)
+	// Not every ResponseWriter can, so the error is not looked at, here and below.
+	_ = control.SetReadDeadline(begun.Add(h.patience()))
+	result, p := h.serve(w, r, begun)
 	if p != nil {
 		if r.Context().Err() == nil {
 			h.log().LogAttrs(r.Context(), slog.LevelDebug, "block refused", slog.String("job", wire.Cut(r.Header.Get(wire.Job))),
@@ -120,7 +124,17 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	head["Content-Type"] = []string{"application/octet-stream"}
 	head["Content-Length"] = []string{strconv.Itoa(len(result))}
 	head[wire.Digest] = []string{wire.Sum(result)}
+	// A caller who does not read must not keep the replica busy for ever.
+	_ = control.SetWriteDeadline(time.Now().Add(h.patience()))
 	_, _ = w.Write(result) // the caller sees by the digest what it got
+	_ = control.SetWriteDeadline(time.Time{})
+}
+
+func (h *Handler) patience() time.Duration {
+	if h.ReadTimeout > 0 {
+		return h.ReadTimeout
+	}
+	return DefaultReadTimeout
 }
 
 func (h *Handler) log() *slog.Logger {
@@ -130,7 +144,7 @@ func (h *Handler) log() *slog.Logger {
 	return slog.Default()
 }
 
-func (h *Handler) serve(w http.ResponseWriter, r *http.Request) ([]byte, *wire.Problem) {
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time) ([]byte, *wire.Problem) {
 	if r.URL.Path != "/" && r.URL.Path != "" {
 		return nil, wire.Refuse(http.StatusNotFound, wire.CodeNotFound, "a worker takes blocks at / only")
 	}
@@ -152,6 +166,9 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request) ([]byte, *wire.P
 	}
 	ctx := context.WithValue(r.Context(), callKey{}, Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch})
 	limit := e.Left
+	if limit > 0 { // the caller counts from when it began to send
+		limit = max(limit-time.Since(begun), time.Millisecond)
+	}
 	if h.MaxTime > 0 && (limit == 0 || h.MaxTime < limit) {
 		limit = h.MaxTime
 	}
@@ -171,7 +188,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request) ([]byte, *wire.P
 		p = wire.Refuse(http.StatusInternalServerError, wire.CodePanicked, err.Error())
 	case ctx.Err() != nil:
 		p = wire.Refuse(http.StatusGatewayTimeout, wire.CodeDeadline,
-			fmt.Sprintf("the handler did not end within %v, the time for this attempt; take smaller blocks or more time", limit))
+			fmt.Sprintf("the handler did not end within %v, the time for this attempt; take smaller blocks or more time", limit.Round(time.Millisecond)))
 	default:
 		p = wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error())
 	}
@@ -205,32 +222,12 @@ func (h *Handler) read(w http.ResponseWriter, r *http.Request) ([]byte, *wire.Pr
 	if r.ContentLength > most {
 		return tooLarge()
 	}
-	patience := h.ReadTimeout
-	if patience <= 0 {
-		patience = DefaultReadTimeout
-	}
-	control := http.NewResponseController(w)
-	_ = control.SetReadDeadline(time.Now().Add(patience)) // not every ResponseWriter can
-	var data []byte
-	var err error
-	if n := r.ContentLength; n >= 0 {
-		data = make([]byte, n)
-		_, err = io.ReadFull(r.Body, data)
-		if err == nil {
-			var extra [1]byte
-			_, err = r.Body.Read(extra[:]) // to its end, so that the server watches for the caller to leave
-		}
-	} else {
-		data, err = io.ReadAll(io.LimitReader(r.Body, most+1))
-	}
-	if err == io.EOF {
-		err = nil
-	}
+	data, err := wire.ReadBody(r.Body, r.ContentLength, most) // to its end, so that the server watches for the caller to leave
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil, wire.Refuse(http.StatusRequestTimeout, wire.CodeSlow,
-			fmt.Sprintf("the block did not arrive within %v, which read_timeout sets", patience)).Within(patience.String())
+			fmt.Sprintf("the block did not arrive within %v, which read_timeout sets", h.patience())).Within(h.patience().String())
 	}
-	_ = control.SetReadDeadline(time.Time{})
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
 	if err != nil {
 		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, fmt.Sprintf("the block was cut: %v", err))
 	}

@@ -52,10 +52,7 @@ func Count(_ context.Context, b sheaf.Block) ([]byte, error) {
 	for head < len(data) && !isSpace(data[head]) {
 		head++
 	}
-	if head == len(data) {
-		if head == 0 {
-			return nil, nil
-		}
+	if head == len(data) { // also of a block of no bytes, which ends no word
 		return slices.Concat([]byte(wholeMark), data, []byte{'\n'}), nil
 	}
 	tail := len(data)
@@ -117,46 +114,58 @@ func (t *table) count(data []byte) {
 	}
 }
 
-// blockCounts is a block's result, read.
+// blockCounts is a block's result, read; an edge that is not there is nil.
 type blockCounts struct {
 	head, tail, whole []byte
-	hasWhole          bool
+	total             int64 // of the counts
 }
 
 // errResult says that a result is not one of a word count.
 var errResult = errors.New("it is not lines of a word and a count")
 
+// errTotal says that counts are more than there can be.
+var errTotal = errors.New("its counts add up to more than 63 bits hold")
+
 // parse calls word for each counted word of a result, and returns its edges.
 func parse(result []byte, word func(w []byte, n int64)) (b blockCounts, err error) {
+	if len(result) > 0 && result[len(result)-1] != '\n' {
+		return b, errResult // the last line has no end: it may have been cut
+	}
+	b.head, result = edge(result, headMark)
+	b.tail, result = edge(result, tailMark)
+	b.whole, result = edge(result, wholeMark)
+	if b.whole != nil && (b.head != nil || b.tail != nil || len(result) > 0) {
+		return b, errResult
+	}
 	for len(result) > 0 {
-		line, rest, whole := bytes.Cut(result, []byte{'\n'})
-		if !whole {
-			return b, errResult // the last line has no end: it may have been cut
-		}
-		result = rest
-		if edge, ok := bytes.CutPrefix(line, []byte(headMark)); ok {
-			b.head = edge
-			continue
-		}
-		if edge, ok := bytes.CutPrefix(line, []byte(tailMark)); ok {
-			b.tail = edge
-			continue
-		}
-		if edge, ok := bytes.CutPrefix(line, []byte(wholeMark)); ok {
-			b.whole, b.hasWhole = edge, true
-			continue
-		}
-		at := bytes.LastIndexByte(line, ' ')
-		if at <= 0 {
+		end := bytes.IndexByte(result, '\n')
+		line := result[:end]
+		result = result[end+1:]
+		at := bytes.IndexByte(line, ' ')
+		if at <= 0 || slices.ContainsFunc(line[:at], isSpace) {
 			return b, errResult
 		}
 		n, ok := number(line[at+1:])
 		if !ok {
 			return b, errResult
 		}
+		if b.total += n; b.total < 0 {
+			return b, errTotal
+		}
 		word(line[:at], n)
 	}
 	return b, nil
+}
+
+// edge takes the line with the given mark from the front of a result. What is
+// not such a line stays there, and is then refused if it is no other one.
+func edge(result []byte, mark string) (word, rest []byte) {
+	line, rest, _ := bytes.Cut(result, []byte{'\n'})
+	word, ok := bytes.CutPrefix(line, []byte(mark))
+	if !ok || slices.ContainsFunc(word, isSpace) {
+		return nil, result
+	}
+	return word, rest
 }
 
 // number reads a positive decimal number of up to 18 digits.
@@ -179,6 +188,7 @@ func number(digits []byte) (int64, bool) {
 type Counts struct {
 	t      *table
 	open   []byte // a word that the end of the last block may have cut
+	total  int64  // of the counts
 	sorted bool
 }
 
@@ -192,7 +202,10 @@ func (c *Counts) Add(r sheaf.Result) error {
 	if err != nil {
 		return err
 	}
-	if b.hasWhole {
+	if c.total += b.total; c.total < 0 {
+		return errTotal
+	}
+	if b.whole != nil {
 		c.open = append(c.open, b.whole...)
 		return nil
 	}

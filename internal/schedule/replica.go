@@ -60,7 +60,6 @@ func (m *Machine) judge(now Time, r *replica, e Event) {
 		} else {
 			m.usable++
 		}
-		m.starve(now)
 	}
 	m.put(now, r)
 }

@@ -183,7 +183,7 @@ type Machine struct {
 	paused   []*replica // not before replica.until
 	slots    int        // of all replicas in the view
 	usable   int        // replicas in the view that did not refuse
-	starved  Time       // since when usable is 0
+	starved  Time       // since when blocks are held and usable is 0, or Never
 	uses     uint64
 
 	took  histogram
@@ -223,6 +223,7 @@ func New(cfg Config) *Machine {
 		blocks:   make([]block, cfg.Window),
 		attempts: make(map[int]attempt),
 		replicas: make(map[string]*replica),
+		starved:  Never,
 		timer:    Never,
 	}
 }
@@ -286,7 +287,7 @@ func (m *Machine) view(now Time, ids []string) {
 			delete(m.replicas, id)
 		}
 	}
-	if len(gone) > 0 {
+	if len(gone) > 0 && !m.cfg.NoHedge {
 		for _, id := range m.order {
 			if a, ok := m.attempts[id]; ok && slices.Contains(gone, a.replica) {
 				m.orphans = append(m.orphans, waiting{now + m.cfg.HedgeFloor, id})
@@ -306,16 +307,6 @@ func (m *Machine) view(now Time, ids []string) {
 	}
 	for _, r := range gone {
 		r.place = out
-	}
-	m.starve(now)
-}
-
-// starve notes since when there has been nobody to give work to.
-func (m *Machine) starve(now Time) {
-	if m.usable > 0 {
-		m.starved = Never
-	} else if m.starved == Never {
-		m.starved = now
 	}
 }
 
@@ -439,8 +430,7 @@ func (m *Machine) wake(now Time) {
 			continue
 		}
 		m.paused = slices.Delete(m.paused, i, i+1)
-		r.place = out
-		m.put(now, r)
+		m.put(now, r) // an answer may have made it idle in this very step
 	}
 }
 
@@ -600,10 +590,14 @@ func (m *Machine) finish(now Time) {
 			soonest(r.until)
 		}
 	}
+	// A block that comes after a long silence has its full wait before it.
+	switch {
+	case m.usable > 0 || m.Held() == 0:
+		m.starved = Never
+	case m.starved == Never:
+		m.starved = now
+	}
 	if m.waits() && m.usable == 0 && len(m.attempts) == 0 {
-		if m.starved == Never {
-			m.starved = now
-		}
 		if now >= m.starved+m.cfg.ReplicaWait {
 			m.fail(NoReplica)
 			return

@@ -104,7 +104,6 @@ type world struct {
 	attempts map[int]*simAttempt
 	timer    int // generation
 
-	hedges  int
 	outcome schedule.CommandKind
 	reason  schedule.Reason
 	err     error
@@ -358,7 +357,11 @@ func (w *world) carry(c schedule.Command) {
 	case schedule.SetTimer:
 		w.timer++
 		if g := w.timer; c.At != schedule.Never {
-			w.after(max(0, c.At-w.now), func() {
+			var late time.Duration // as real timers are
+			if w.chance(25) {
+				late = w.ms(0, 60)
+			}
+			w.after(max(0, c.At-w.now)+late, func() {
 				if g == w.timer {
 					w.step(schedule.Event{Kind: schedule.Tick})
 				}
@@ -478,6 +481,9 @@ func (w *world) start(c schedule.Command) {
 		w.after(5*time.Second, func() { w.end(c.Attempt, schedule.TimedOut, 0) })
 	default:
 		d := w.ms(1, 10) * time.Duration(r.slow)
+		if w.chance(10) { // one block takes longer than others
+			d += w.ms(0, 200)
+		}
 		if r.slow > 1 {
 			w.seen["delay"]++
 		}

@@ -65,6 +65,9 @@ func Env(getenv func(string) string) (*Server, error) {
 		Grace:       v.Duration("write_timeout", 30*time.Second),
 	}
 	s.Addr = v.String("sheaf_listen", s.Addr)
+	if _, _, err := net.SplitHostPort(s.Addr); err != nil {
+		v.fail("sheaf_listen", s.Addr, "host:port, such as 127.0.0.1:8080")
+	}
 	return s, v.Err
 }
 
@@ -108,10 +111,11 @@ func (v *Vars) Duration(name string, def time.Duration) time.Duration {
 	if s == "" {
 		return def
 	}
-	if n, err := strconv.Atoi(s); err == nil && n >= 0 {
-		return time.Duration(n) * time.Second
+	text := s
+	if _, err := strconv.Atoi(s); err == nil {
+		text += "s"
 	}
-	d, err := time.ParseDuration(s)
+	d, err := time.ParseDuration(text) // knows what overflows
 	if err != nil || d < 0 {
 		v.fail(name, s, "a duration such as 30s or 2m")
 	}
@@ -120,7 +124,7 @@ func (v *Vars) Duration(name string, def time.Duration) time.Duration {
 
 // Main runs a function to its end: it makes the Server, listens until SIGTERM
 // or SIGINT, drains, and returns the exit code of the process: 0, 1 when
-// serving failed, 2 when the environment is wrong. close is called at the end.
+// serving failed, 2 when the environment is wrong. stop is called at the end.
 func Main(build func(getenv func(string) string) (s *Server, stop func(), err error)) int {
 	s, stop, err := build(os.Getenv)
 	if err != nil {
@@ -188,7 +192,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		n := s.inflight.Load()
 		cut(fmt.Errorf("function ends: %w", err))
 		_ = srv.Close() // it is what Shutdown could not do
-		err = fmt.Errorf("drain: %d calls were cut after %v; raise write_timeout to give them longer", n, grace)
+		// Without a call it waited only for a connection on which nothing came.
+		err = nil
+		if n > 0 {
+			err = fmt.Errorf("drain: %d calls were cut after %v; raise write_timeout to give them longer", n, grace)
+		}
 	}
 	if e := <-served; !errors.Is(e, http.ErrServerClosed) {
 		err = errors.Join(err, e)
@@ -214,16 +222,23 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if p := s.misdirected(r); p != nil {
-		p.Write(w)
+		refuse(w, p)
 		return
 	}
 	n := s.inflight.Add(1)
 	defer s.inflight.Add(-1)
 	if s.MaxInflight > 0 && n > int64(s.MaxInflight) {
-		busy(s.MaxInflight).Write(w)
+		refuse(w, busy(s.MaxInflight))
 		return
 	}
 	s.Handler.ServeHTTP(w, r)
+}
+
+// refuse sends p. The server first reads what is left of a small body, which
+// must not take long.
+func refuse(w http.ResponseWriter, p *wire.Problem) {
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(time.Second)) // not every ResponseWriter can
+	p.Write(w)
 }
 
 func busy(limit int) *wire.Problem {

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/sheaf-project/sheaf"
 )
@@ -63,6 +64,9 @@ func NewHTTP(perHost int) *http.Client {
 // function was ever proved.
 func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*sheaf.Reply, error) {
 	fail := func(f sheaf.Fault, status int, err error) (*sheaf.Reply, error) {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			f = sheaf.FaultTimeout // it is why the transport broke off, wherever it was
+		}
 		return nil, &sheaf.CallError{Fault: f, Status: status, From: req.To.ID, Err: err}
 	}
 	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(req.Body))
@@ -78,7 +82,7 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 	hr.Header[Digest] = []string{Sum(req.Body)}
 	resp, err := c.HTTP.Do(hr)
 	if err != nil {
-		if isRefused(err) {
+		if ctx.Err() == nil && isRefused(err) {
 			return fail(sheaf.FaultRefused, 0, err)
 		}
 		return fail(sheaf.FaultLost, 0, err)
@@ -101,7 +105,7 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 	if resp.ContentLength > limit {
 		return fail(sheaf.FaultRejected, 200, fmt.Errorf("answer of %d bytes is over the limit of %d", resp.ContentLength, limit))
 	}
-	body, err := readBody(resp, limit)
+	body, err := ReadBody(resp.Body, resp.ContentLength, limit)
 	if err != nil {
 		return fail(sheaf.FaultLost, 200, fmt.Errorf("answer was cut after %d bytes: %w", len(body), err))
 	}
@@ -124,24 +128,28 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 	return &sheaf.Reply{Body: body, From: from, Verified: proved}, nil
 }
 
-// readBody reads up to limit+1 bytes of an answer.
-func readBody(resp *http.Response, limit int64) ([]byte, error) {
-	if n := resp.ContentLength; n >= 0 {
-		body := make([]byte, 0, min(n, 1<<20)+1)
-		return readAll(resp.Body, body)
+// ReadBody reads a body that is said to be n bytes long, or any number when n
+// is negative, to its end, but no more than limit+1 bytes. What is said is not
+// trusted: memory is taken as bytes come, in doubling steps.
+func ReadBody(r io.Reader, n, limit int64) ([]byte, error) {
+	most, room := limit+1, int64(4096)
+	if n >= 0 {
+		most, room = min(n, limit)+1, 1<<20 // one more, for the read that meets the end
 	}
-	return readAll(io.LimitReader(resp.Body, limit+1), make([]byte, 0, 4096))
-}
-
-// readAll is io.ReadAll into a buffer that is given.
-func readAll(r io.Reader, b []byte) ([]byte, error) {
+	b := make([]byte, 0, min(room, most))
 	for {
 		if len(b) == cap(b) {
-			b = append(b, 0)[:len(b)]
+			if int64(len(b)) == most {
+				return b, nil
+			}
+			b = append(make([]byte, 0, min(2*int64(cap(b)), most)), b...)
 		}
-		n, err := r.Read(b[len(b):cap(b)])
-		b = b[:len(b)+n]
+		got, err := r.Read(b[len(b):cap(b)])
+		b = b[:len(b)+got]
 		if err == io.EOF {
+			if int64(len(b)) < n {
+				return b, io.ErrUnexpectedEOF
+			}
 			return b, nil
 		}
 		if err != nil {
@@ -152,7 +160,8 @@ func readAll(r io.Reader, b []byte) ([]byte, error) {
 
 // judge makes an error of an answer that is not 200.
 func judge(resp *http.Response, from string) error {
-	snippet, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // what could be read is good enough for a message
+	// What could be read is good enough for a message; all of a Problem fits.
+	snippet, _ := io.ReadAll(io.LimitReader(resp.Body, 16<<10))
 	e := &sheaf.CallError{Status: resp.StatusCode, From: from, Err: errors.New(reason(resp, snippet))}
 	code := resp.Header.Get(Code)
 	// The gateway or a provider speaks, not the function.
@@ -186,7 +195,7 @@ func reason(resp *http.Response, body []byte) string {
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), ContentType) {
 		var p Problem
 		if json.Unmarshal(body, &p) == nil && p.Detail != "" {
-			return p.Detail
+			return oneLine(p.Detail)
 		}
 	}
 	if loc := resp.Header.Get("Location"); loc != "" && resp.StatusCode < 400 {
@@ -200,6 +209,15 @@ func reason(resp *http.Response, body []byte) string {
 		line = line[:197] + "..."
 	}
 	return strconv.Quote(line)
+}
+
+// oneLine quotes what would break a line of a log or steer a terminal: anybody
+// may have written it.
+func oneLine(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(s)
+	}
+	return s
 }
 
 // retryAfter reads how long to wait: our own milliseconds, or the standard's

@@ -5,6 +5,7 @@ import (
 	"math"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -26,8 +27,15 @@ type Problem struct {
 	Retry time.Duration `json:"-"`
 }
 
+// maxDetail is how long a detail may be, in bytes: it may hold the error of a
+// handler, and whoever reads a refusal reads only the beginning.
+const maxDetail = 2048
+
 // Refuse returns a Problem.
 func Refuse(status int, code, detail string) *Problem {
+	if len(detail) > maxDetail {
+		detail = strings.ToValidUTF8(detail[:maxDetail-3], "") + "..."
+	}
 	return &Problem{Type: "about:blank", Title: http.StatusText(status), Status: status, Code: code, Detail: detail}
 }
 

@@ -123,7 +123,7 @@ func Open(h http.Header) (Envelope, error) {
 			return 0
 		}
 		n, bad := strconv.ParseUint(v, 10, 64)
-		if bad != nil || n > most {
+		if err == nil && (bad != nil || n > most) {
 			err = fmt.Errorf("header %s is %q, and must be a number from 0 to %d", key, Cut(v), most)
 		}
 		return n
