@@ -51,8 +51,8 @@ const (
 	// from somebody else. Infrastructure: does not count as the block's failure
 	// unless too many distinct replicas are lost over it.
 	FaultLost
-	// FaultRefused: nothing listens at the address, so the block was not sent.
-	// The replica is left out until the next view.
+	// FaultRefused: nothing listens at the address, or somebody else does. The
+	// replica is left out, and asked again after a second, then two, four, ...
 	FaultRefused
 	// FaultThrottled: the replica is busy (429, or 503 with Retry-After) and
 	// did not take the block.

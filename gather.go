@@ -8,7 +8,8 @@ import (
 )
 
 // InOrder yields results in the order of their index. It holds those that came
-// early; [Group.Scatter] bounds how many that can be (4 × Limit). An error is
+// early; [Group.Scatter] bounds how many that can be (4 × Limit, or all that
+// follow a block that was given up and tolerated). An error is
 // yielded last, after the results that are there, so that it may be known
 // which ones are missing.
 func InOrder(results iter.Seq2[Result, error]) iter.Seq2[Result, error] {

@@ -224,6 +224,7 @@ func (s *scatter) step(h happening, yield func(Result, error) bool) (done bool, 
 	case schedule.Ended:
 		s.attemptEnded(&h)
 	}
+	var result *Result // one at most: of the attempt that ended
 	for _, c := range s.machine.Step(time.Since(s.begun), h.event) {
 		switch c.Kind {
 		case schedule.Read:
@@ -243,27 +244,29 @@ func (s *scatter) step(h happening, yield func(Result, error) bool) (done bool, 
 		case schedule.Emit:
 			b := s.release(c.Block)
 			s.missing.Done++
-			if !yield(Result{Index: c.Block, Data: h.reply.Body, From: h.reply.From, Attempts: c.Number,
-				Elapsed: h.took, Bytes: len(b.Data), Offset: b.Offset, Verified: h.reply.Verified}, nil) {
-				return true, errLeft
-			}
+			result = &Result{Index: c.Block, Data: h.reply.Body, From: h.reply.From, Attempts: c.Number,
+				Elapsed: h.took, Bytes: len(b.Data), Offset: b.Offset, Verified: h.reply.Verified}
 		case schedule.GiveUp:
 			b := s.release(c.Block)
 			s.missing.add(&BlockError{Index: c.Block, Offset: b.Offset, Bytes: len(b.Data), Attempts: c.Number,
 				Replicas: b.lost, Poison: c.Reason == schedule.Poison, Err: b.err})
 		case schedule.Fail:
-			if c.Reason == schedule.NoReplica {
-				return true, s.noReplica()
+			done = true
+			if err = s.partial(); c.Reason == schedule.NoReplica {
+				err = s.noReplica()
 			}
-			return true, s.partial()
 		case schedule.Done:
+			done = true
 			if len(s.missing.Missing) > 0 {
-				return true, s.partial()
+				err = s.partial()
 			}
-			return true, nil
 		}
 	}
-	return false, nil
+	// The consumer may take its time: replicas have got their next blocks before.
+	if result != nil && !yield(*result, nil) {
+		return true, errLeft
+	}
+	return done, err
 }
 
 // release lets go of a settled block.

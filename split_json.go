@@ -75,24 +75,54 @@ func (v *jsonValue) eof() error {
 type jsonLine struct{ jsonValue }
 
 func (l *jsonLine) scan(p []byte) (int, bool, error) {
-	for i, b := range p {
-		inside, err := l.step(b)
+	for i := 0; i < len(p); i++ {
+		i += l.skip(p[i:])
+		if i == len(p) {
+			break
+		}
+		inside, err := l.step(p[i])
 		if err != nil {
 			return i, false, err
 		}
-		if b == '\n' && !inside {
+		if p[i] == '\n' && !inside {
 			return i + 1, true, nil
 		}
 	}
 	return len(p), false, nil
 }
 
+// skip returns how many bytes at the beginning of p change nothing: step need
+// not see them.
+func (v *jsonValue) skip(p []byte) int {
+	if v.escaped {
+		return 0
+	}
+	stops := &stopsOutside
+	if v.str {
+		stops = &stopsInString
+	}
+	for i, b := range p {
+		if stops[b] {
+			return i
+		}
+	}
+	return len(p)
+}
+
+// The bytes that change the state of a jsonValue, inside a string and outside;
+// neither is ever written to.
+var (
+	stopsInString = [256]bool{'"': true, '\\': true, '\n': true}
+	stopsOutside  = [256]bool{'"': true, '{': true, '}': true, '[': true, ']': true, '\n': true}
+)
+
 func (l *jsonLine) last(p []byte) (int, error) {
 	l.open, l.str, l.escaped = l.open[:0], false, false
 	return lastByScan(l, p)
 }
 
-// json yields the elements of an array, or else lines of values.
+// json yields the elements of an array, or else lines of values. An input whose
+// first value is an array is that array; nothing may follow it.
 func (c *cutter) json() error {
 	// Read no further than to the first value: what is here may be all that a
 	// slow input has for now.

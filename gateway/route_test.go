@@ -50,10 +50,19 @@ func front(t *testing.T, fn string) string {
 		t.Fatal(err)
 	}
 	transport := &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 16}
-	srv := httptest.NewServer(http.StripPrefix("/function/"+routetest.Function, &httputil.ReverseProxy{
+	proxy := http.StripPrefix("/function/"+routetest.Function, &httputil.ReverseProxy{
 		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(target) },
 		Transport: transport,
 		ErrorLog:  log.New(io.Discard, "", 0),
+	})
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Otherwise the server closes the request's body as soon as the answer
+		// begins, the transport may still be about to see the end of that body,
+		// and cuts the connection to the function in the midst of its answer.
+		if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
+			t.Error(err)
+		}
+		proxy.ServeHTTP(w, r)
 	}))
 	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
 	t.Cleanup(func() {

@@ -55,7 +55,11 @@ func NewFront(p *Provider, version string) *Front {
 		Rewrite:      f.rewrite,
 		Transport:    &balancer{p, wire.NewHTTP(256).Transport},
 		ErrorHandler: f.unreachable,
-		ErrorLog:     slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
+		ModifyResponse: func(resp *http.Response) error {
+			resp.Request.Context().Value(callKey{}).(*call).last(resp.Header)
+			return nil
+		},
+		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 	}
 	for pattern, h := range map[string]func(http.ResponseWriter, *http.Request){
 		"GET /healthz":                        f.health,
@@ -397,6 +401,7 @@ func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
 	}
 	r = r.WithContext(context.WithValue(r.Context(), callKey{}, c))
 	if r.Body != nil && r.Body != http.NoBody {
+		c.open.Store(true)
 		r.Body = &upload{r.Body, c}
 	}
 	f.proxy.ServeHTTP(w, r)
@@ -405,7 +410,19 @@ func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
 type call struct {
 	name string
 	wait time.Duration
-	cut  atomic.Pointer[error] // why the caller's body could not be read
+	open atomic.Bool           // the caller's body has not been read to its end
+	cut  atomic.Pointer[error] // why it could not be
+}
+
+// last makes an answer the last one of its connection if it comes before the
+// end of the body. In full duplex, Go's server would read the rest of the body
+// after the handler, begin to watch for the caller to leave at its end, and
+// panic ("invalid concurrent Body.Read call") when it then reads the next
+// request: the caller would lose that one.
+func (c *call) last(answer http.Header) {
+	if c.open.Load() {
+		answer.Set("Connection", "close")
+	}
 }
 
 // upload is the body of a call. It keeps what went wrong with it, which is the
@@ -417,7 +434,10 @@ type upload struct {
 
 func (u *upload) Read(b []byte) (int, error) {
 	n, err := u.ReadCloser.Read(b)
-	if err != nil && err != io.EOF {
+	switch {
+	case err == io.EOF:
+		u.call.open.Store(false)
+	case err != nil:
 		u.call.cut.CompareAndSwap(nil, &err)
 	}
 	return n, err
@@ -439,12 +459,13 @@ func (f *Front) rewrite(pr *httputil.ProxyRequest) {
 
 // unreachable answers for a replica that could not.
 func (f *Front) unreachable(w http.ResponseWriter, r *http.Request, err error) {
+	c := r.Context().Value(callKey{}).(*call)
+	c.last(w.Header())
 	if p, ok := errors.AsType[*wire.Problem](err); ok {
 		p.Write(w)
 		return
 	}
 	w.Header().Set("X-OpenFaaS-Internal", "proxy")
-	c := r.Context().Value(callKey{}).(*call)
 	name := c.name
 	if cut := c.cut.Load(); cut != nil {
 		wire.Refuse(http.StatusBadRequest, wire.CodeTruncated,

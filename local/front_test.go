@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"slices"
 	"strings"
@@ -295,7 +296,8 @@ func TestFunctionThatDies(t *testing.T) {
 	} {
 		name := fmt.Sprint("web", i)
 		m.deploy(name, "web", 1)
-		resp, err := m.http.Get(m.url + "/function/" + name + "/die" + c.query)
+		// By POST: a GET would be sent again by the client itself, and unseen.
+		resp, err := m.http.Post(m.url+"/function/"+name+"/die"+c.query, "text/plain", nil)
 		if err != nil {
 			if c.status != 0 {
 				t.Errorf("%s: %v", c.name, err)
@@ -330,6 +332,63 @@ func TestCallsAfterAKill(t *testing.T) {
 		if status, body := m.call("POST", "/function/web", ""); status != 200 {
 			t.Errorf("%d %s", status, body)
 		}
+	}
+}
+
+// An answer that comes before the body was read must not spoil the next call on
+// the same connection.
+func TestAnswerBeforeTheBody(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.deploy("web", "web", 1)
+	reused := 0
+	for i := range 50 {
+		status, body := m.call("POST", "/function/web/early", strings.Repeat("x", 1+i*i*200))
+		if status != 429 {
+			t.Fatalf("%d %s", status, body)
+		}
+		req, err := http.NewRequest("POST", m.url+"/function/web", strings.NewReader("hi"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		trace := &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) {
+			if c.Reused {
+				reused++
+			}
+		}}
+		resp, err := m.http.Do(req.WithContext(httptrace.WithClientTrace(t.Context(), trace)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if resp.Close {
+			t.Fatal("the connection is closed after a call that read its body")
+		}
+	}
+	t.Logf("%d of 50 calls after an early answer on a connection used before", reused)
+}
+
+// A call that nobody takes waits for a replica that does.
+func TestReplicaThatRefuses(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.deploy("web", "web", 1)
+	m.call("POST", "/function/web/deafen", "")
+	m.front.StartWait = 100 * time.Millisecond
+	if status, body := m.call("POST", "/function/web", "hi"); status != 503 {
+		t.Errorf("%d %s", status, body)
+	}
+	m.front.StartWait = 10 * time.Second
+	answer := make(chan string, 1)
+	go func() {
+		status, body, err := m.try("POST", "/function/web", "hi")
+		answer <- fmt.Sprint(status, body, err)
+	}()
+	time.Sleep(50 * time.Millisecond)
+	m.Scale("web", 2)
+	if got := <-answer; !strings.HasPrefix(got, "200") || !strings.Contains(got, `"Body":"hi"`) {
+		t.Error(got)
 	}
 }
 

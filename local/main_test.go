@@ -91,16 +91,19 @@ func replica(mode string) {
 			os.Exit(4)
 		}()
 	}
-	go func() {
-		if err := srv.ListenAndServe(); err != http.ErrServerClosed {
-			fmt.Println(err)
-			os.Exit(1)
-		}
-	}()
+	l, err := net.Listen("tcp", srv.Addr)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	srv.BaseContext = func(net.Listener) context.Context { return context.WithValue(ctx, listenerKey{}, l) }
+	go func() { _ = srv.Serve(l) }()
 	<-ctx.Done()
 	fmt.Println("told to end")
 	_ = srv.Shutdown(context.Background())
 }
+
+type listenerKey struct{}
 
 // seen is what a function saw of a call.
 type seen struct {
@@ -142,6 +145,12 @@ func web(w http.ResponseWriter, r *http.Request) {
 			fmt.Fprint(w, "you said ", line)
 			_ = control.Flush()
 		}
+	case "/deafen": // it lives on, but nobody can reach it
+		w.Header().Set("Connection", "close")
+		_ = r.Context().Value(listenerKey{}).(net.Listener).Close()
+	case "/early":
+		w.WriteHeader(http.StatusTooManyRequests)
+		_ = control.Flush()
 	case "/upload":
 		n, err := io.Copy(io.Discard, r.Body)
 		fmt.Printf("upload of %d bytes: %v\n", n, err)

@@ -508,32 +508,37 @@ func TestKilledProviderLeavesNoReplica(t *testing.T) {
 func TestReplicasSurviveThreads(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
-	lost := make(chan struct{})
-	go func() { // deployed from a thread that ends
-		defer close(lost)
-		runtime.LockOSThread()
-		if bad := m.Deploy(types.FunctionDeployment{Service: "f", Image: "web", Labels: &map[string]string{local.LabelMin: "3"}}, true); bad != nil {
-			t.Error(bad)
-		}
-	}()
-	<-lost
-	before := m.ready("f", 3)
-	for range 20 {
+	churn := func() {
 		var wg sync.WaitGroup
-		for range 50 {
+		for range 100 {
 			wg.Go(func() {
 				runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
 				time.Sleep(time.Millisecond)
 			})
 		}
 		wg.Wait()
-		m.Scale("f", 4) // started in between, too
-		m.Scale("f", 3)
 	}
-	runtime.GC()
-	time.Sleep(100 * time.Millisecond)
-	if after := m.ready("f", 3); !slices.EqualFunc(before, after, func(a, b sheaf.Replica) bool { return a.ID == b.ID }) {
+	const n = 8
+	m.deploy("f", "web", 1)
+	for i := 2; i <= n; i++ { // started in between
+		churn()
+		lost := make(chan struct{})
+		go func() { // by a thread that ends
+			defer close(lost)
+			runtime.LockOSThread()
+			m.Scale("f", i)
+		}()
+		<-lost
+	}
+	before := m.ready("f", n)
+	for range 20 {
+		churn()
+	}
+	if after := m.ready("f", n); !slices.EqualFunc(before, after, func(a, b sheaf.Replica) bool { return a.ID == b.ID }) {
 		t.Errorf("replicas %v became %v", before, after)
+	}
+	if log := m.lines("name=f"); len(log) > 0 {
+		t.Errorf("log: %q", log)
 	}
 }
 

@@ -86,7 +86,7 @@ func TestInputIsNotHeld(t *testing.T) {
 	a, err := s.post(t.Context(), "?block=128KiB", &repeated{text: "the quick brown fox\njumps over\n", n: n})
 	close(stop)
 	<-stopped
-	if err != nil || a.status != 200 || !strings.HasPrefix(a.body, "brown 4329604\nfox 4329604\n") {
+	if err != nil || a.status != 200 || !strings.HasPrefix(a.body, "the 4329605\nbrown 4329604\nfox 4329604\n") {
 		t.Fatalf("answer is %v %d %.200q", err, a.status, a.body)
 	}
 	grown := int64(peak.Load()) - int64(before.HeapAlloc)

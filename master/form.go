@@ -191,7 +191,7 @@ func (j *job) lines(ctx context.Context, w http.ResponseWriter) {
 			}
 			var result json.RawMessage
 			if err := j.guard(func() (err error) { result, err = j.h.Job.Line(r, j.mayCut()); return err }); err != nil {
-				return &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts, Err: err}
+				return badResult(r, err)
 			}
 			sent = true
 			if err := enc.Encode(blockLine{r.Index, r.Offset, r.Bytes, r.From, r.Attempts,

@@ -227,11 +227,15 @@ func (j *job) merge(results iter.Seq2[sheaf.Result, error]) (Answer, error) {
 			return nil, err
 		}
 		if err := j.guard(func() error { return answer.Add(r) }); err != nil {
-			return nil, &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts,
-				Err: fmt.Errorf("the result that replica %s gave cannot be merged: %w", r.From, err)}
+			return nil, badResult(r, err)
 		}
 	}
 	return answer, nil
+}
+
+func badResult(r sheaf.Result, err error) error {
+	return &sheaf.BlockError{Index: r.Index, Offset: r.Offset, Bytes: r.Bytes, Attempts: r.Attempts,
+		Err: fmt.Errorf("the result that replica %s gave cannot be merged: %w", r.From, err)}
 }
 
 var errPanicked = errors.New("the master's job panicked; its log has the stack")

@@ -142,8 +142,10 @@ func TestFormsAgree(t *testing.T) {
 			t.Errorf("form field %s gives another answer", field)
 		}
 	}
-	if got := b.count("block=300&route=gateway", in); got.body != want {
-		t.Error("route gateway gives another answer")
+	for _, query := range []string{"route=gateway", "function=worker", "function=worker.openfaas-fn", "verify=require", "route=gateway&function=worker.openfaas-fn"} {
+		if got := b.count("block=300&"+query, in); got.body != want {
+			t.Errorf("%s gives another answer", query)
+		}
 	}
 	head := b.count("block=300", in).header
 	for _, h := range []string{"Sheaf-Job", "Sheaf-Blocks", "Sheaf-Replicas", "Sheaf-Elapsed", "Content-Digest", "Content-Length"} {

@@ -124,10 +124,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	head["Content-Type"] = []string{"application/octet-stream"}
 	head["Content-Length"] = []string{strconv.Itoa(len(result))}
 	head[wire.Digest] = []string{wire.Sum(result)}
-	// A caller who does not read must not keep the replica busy for ever.
+	// A caller who does not read must not keep the replica busy for ever. The
+	// server lifts the deadline for the connection's next block.
 	_ = control.SetWriteDeadline(time.Now().Add(h.patience()))
 	_, _ = w.Write(result) // the caller sees by the digest what it got
-	_ = control.SetWriteDeadline(time.Time{})
 }
 
 func (h *Handler) patience() time.Duration {

@@ -311,14 +311,19 @@ func TestReadTimeoutEndsWithTheBlock(t *testing.T) {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		case <-time.After(100 * time.Millisecond):
+			if string(b.Data) == "bad" {
+				return nil, errors.New("bad")
+			}
 			return b.Data, nil
 		}
 	}})
-	for range 3 {
+	for range 2 {
 		if resp, body := send(t, http.MethodPost, srv.URL, strings.NewReader("x")); resp.StatusCode != 200 {
 			t.Fatalf("got %s %s", resp.Status, body)
 		}
 	}
+	resp, body := send(t, http.MethodPost, srv.URL, strings.NewReader("bad"))
+	problem(t, resp, body, 500, wire.CodeFailed)
 }
 
 // A caller who takes no answer must not keep the replica busy.

@@ -5,6 +5,7 @@ package schedule_test
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -231,7 +232,43 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
+func TestTriesReplicasInTurn(t *testing.T) {
+	// Blocks 1 and 2 have used b and c since a got block 0, so by rank and by
+	// use it would be a's turn each time.
+	begin := func(t *testing.T) *story {
+		s := tell(t, schedule.Config{PerReplica: 1})
+		s.view(0, "a b c")
+		s.block(0)
+		s.block(0)
+		s.block(0)
+		s.ended(0, 2, schedule.OK)
+		s.ended(0, 3, schedule.OK)
+		return s
+	}
+	t.Run("not the last one", func(t *testing.T) {
+		s := begin(t)
+		s.want("timed out on a", s.ended(time.Second, 1, schedule.TimedOut), "start 4: block 0 on b")
+		s.want("it is a's turn now", s.block(time.Second), "start 5: block 3 on a")
+	})
+	t.Run("none that was lost", func(t *testing.T) {
+		s := begin(t)
+		s.want("lost on a", s.ended(0, 1, schedule.Lost), "start 4: block 0 on b")
+		s.want("timed out on b", s.ended(time.Second, 4, schedule.TimedOut), "start 5: block 0 on c")
+	})
+}
+
 func TestPauses(t *testing.T) {
+	t.Run("what breaks together pauses once", func(t *testing.T) {
+		s := tell(t, schedule.Config{})
+		s.view(0, "a")
+		s.block(0)
+		s.block(0)
+		s.ended(0, 1, schedule.Lost)
+		s.ended(0, 2, schedule.Lost)
+		if n := starts(s.tick(20 * ms)); n != 2 {
+			t.Errorf("%d attempts are started after the first pause, want 2", n)
+		}
+	})
 	t.Run("throttled waits as told", func(t *testing.T) {
 		s := tell(t, schedule.Config{Limit: 1})
 		s.view(0, "a")
@@ -311,6 +348,33 @@ func TestNoReplica(t *testing.T) {
 		s.want("the same view", s.view(time.Hour+5*time.Second, ""), "")
 		s.want("too long", s.tick(time.Hour+10*time.Second), "fail: no replica")
 	})
+	t.Run("not while an attempt runs", func(t *testing.T) {
+		s := tell(t, schedule.Config{PerReplica: 1, ReplicaWait: 10 * time.Second, NoHedge: true})
+		s.view(0, "a")
+		s.block(0)
+		s.block(0)
+		s.view(0, "")
+		s.want("much later", s.tick(time.Minute), "")
+		s.want("it was the last", s.ended(time.Minute, 1, schedule.OK), "emit 0; read 1; fail: no replica")
+	})
+	t.Run("not for one that is busy", func(t *testing.T) {
+		s := tell(t, schedule.Config{ReplicaWait: 10 * time.Second})
+		s.view(0, "a")
+		s.block(0)
+		s.ended(0, 1, schedule.Refused)
+		s.want("it is back", s.tick(time.Second), "start 2: block 0 on a; no timer")
+		throttled := schedule.Event{Kind: schedule.Ended, Attempt: 2, Outcome: schedule.Throttled, RetryAfter: 40 * time.Second}
+		s.want("and busy", s.step(2*time.Second, throttled), "timer 42s")
+		s.want("for long", s.tick(42*time.Second), "start 3: block 0 on a; no timer")
+	})
+	t.Run("one that returns counts again", func(t *testing.T) {
+		s := tell(t, schedule.Config{NoHedge: true})
+		s.view(0, "a")
+		s.block(0)
+		s.view(0, "")
+		s.view(0, "a")
+		s.want("a block", s.block(0), "start 2: block 1 on a")
+	})
 	t.Run("begins anew when all leave", func(t *testing.T) {
 		s := tell(t, schedule.Config{ReplicaWait: 10 * time.Second, NoHedge: true})
 		s.view(0, "a")
@@ -385,7 +449,16 @@ func TestHedge(t *testing.T) {
 		s.want("the input ends", s.inputEnd(time.Second), "")
 		s.want("much later", s.tick(time.Minute), "")
 	})
-	t.Run("not on the same replica", func(t *testing.T) {
+	t.Run("not on the same replica, idle as it is", func(t *testing.T) {
+		s := tell(t, schedule.Config{PerReplica: 2})
+		s.view(0, "a")
+		s.block(0)
+		s.block(0)
+		s.inputEnd(0)
+		s.ended(10*ms, 1, schedule.OK)
+		s.want("much later", s.tick(time.Minute), "no timer")
+	})
+	t.Run("not without another replica", func(t *testing.T) {
 		s := nearEnd(t, schedule.Config{})
 		s.view(time.Second, "b")
 		s.inputEnd(time.Second)
@@ -430,15 +503,19 @@ func TestHedge(t *testing.T) {
 			s.ended(10*ms, i+1, schedule.OK)
 		}
 		n := 0
-		for i := range 10 {
-			words := s.tick(time.Duration(i+1) * time.Second)
+		words := s.tick(time.Second)
+		for at := 1; at < 10; at++ {
 			n += starts(words)
+			var ended []string
 			for _, w := range words {
 				var id int
 				if _, err := fmt.Sscanf(w, "start %d:", &id); err == nil {
-					n += starts(s.ended(s.now, id, schedule.OK))
+					ended = append(ended, s.ended(s.now, id, schedule.OK)...)
+				} else if _, err := fmt.Sscanf(w, "cancel %d", &id); err == nil {
+					ended = append(ended, s.ended(s.now, id, schedule.Canceled)...)
 				}
 			}
+			words = append(ended, s.tick(s.now+time.Second)...)
 		}
 		if n != 4 {
 			t.Errorf("%d hedges for 40 blocks, want 4", n)
@@ -527,8 +604,14 @@ func TestStepAllocates(t *testing.T) {
 	for range 10_000 {
 		next()
 	}
-	if n := testing.AllocsPerRun(20_000, next); n != 0 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if n := testing.AllocsPerRun(100_000, next); n != 0 {
 		t.Errorf("%.2f allocations for each block", n)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 64<<10 {
+		t.Errorf("%d bytes were allocated: something grows with the blocks", n)
 	}
 }
 

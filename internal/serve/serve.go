@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -301,7 +302,8 @@ func (s *Server) misdirected(r *http.Request) *wire.Problem {
 	if err != nil {
 		return wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
 	}
-	if s.Replica != "" && e.Replica != s.Replica || s.Function != "" && e.Function != s.Function {
+	name, _, _ := strings.Cut(e.Function, ".") // without its namespace
+	if s.Replica != "" && e.Replica != s.Replica || s.Function != "" && name != s.Function {
 		return wire.Refuse(http.StatusMisdirectedRequest, wire.CodeMisdirected,
 			fmt.Sprintf("this is replica %s of %s, the request is for %s of %s",
 				s.Replica, s.Function, wire.Cut(e.Replica), wire.Cut(e.Function)))

@@ -82,7 +82,7 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 	hr.Header[Digest] = []string{Sum(req.Body)}
 	resp, err := c.HTTP.Do(hr)
 	if err != nil {
-		if ctx.Err() == nil && isRefused(err) {
+		if isRefused(err) {
 			return fail(sheaf.FaultRefused, 0, err)
 		}
 		return fail(sheaf.FaultLost, 0, err)
