@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"strings"
 	"sync"
 	"time"
 )
@@ -32,8 +33,8 @@ type Group struct {
 	// Resolver tells which replicas there are. When it is nil the Route picks a
 	// replica itself, as a gateway does, and ranks cannot be addressed.
 	Resolver Resolver
-	// Job names the job in every request; "" means a new random name for each
-	// call of Scatter, Broadcast or Send.
+	// Job names the job in every request: up to 64 printable ASCII characters.
+	// "" means a new random name for each call of Scatter, Broadcast or Send.
 	Job string
 	// Limit is how many blocks are held in memory at once. 0 means 64.
 	Limit int
@@ -89,8 +90,14 @@ func (g *Group) withDefaults() (Group, error) {
 	if c.Job == "" {
 		c.Job = NewJob()
 	}
+	if len(c.Job) > maxJob || strings.ContainsFunc(c.Job, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return Group{}, fmt.Errorf("job %q must be 1 to %d printable ASCII characters without spaces", c.Job, maxJob)
+	}
 	return c, nil
 }
+
+// maxJob is how long the name of a job may be, in bytes: it travels in a header.
+const maxJob = 64
 
 // NewJob returns a new random name for a job: 16 hexadecimal digits.
 func NewJob() string {

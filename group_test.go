@@ -322,3 +322,18 @@ func TestNewJob(t *testing.T) {
 		t.Errorf("jobs %q and %q", a, b)
 	}
 }
+
+func TestJobNamesThatCannotTravel(t *testing.T) {
+	t.Parallel()
+	for _, job := range []string{strings.Repeat("x", 65), "a b", "a\r\nSheaf-To: b", "ä"} {
+		g := &sheaf.Group{Function: "worker", Job: job, Route: sheaf.RouteFunc(func(context.Context, *sheaf.Request) (*sheaf.Reply, error) {
+			t.Error("a request was sent")
+			return nil, nil
+		})}
+		for _, err := range g.Scatter(t.Context(), sheaf.SplitLines(strings.NewReader("a\n"), 10)) {
+			if err == nil || !strings.Contains(err.Error(), "printable ASCII") {
+				t.Errorf("job %q: %v", job, err)
+			}
+		}
+	}
+}

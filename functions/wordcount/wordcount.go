@@ -33,7 +33,7 @@ import (
 //
 //	" head WORD"   the block begins with WORD, without white space before it
 //	" tail WORD"   the block ends with WORD, without white space after it
-//	" whole WORD"  the block is WORD and nothing else
+//	" whole WORD"  the block is WORD and nothing else; no bytes are no WORD
 //
 // Words at the edges are not counted in the other lines. A worker that leaves
 // the edges out, because its blocks never cut words, may count all words.

@@ -135,6 +135,7 @@ func Main(build func(getenv func(string) string) (s *Server, stop func(), err er
 	defer stop()
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer cancel()
+	context.AfterFunc(ctx, cancel) // a second signal ends the process at once
 	if err := s.Run(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -226,13 +227,26 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, p)
 		return
 	}
-	n := s.inflight.Add(1)
-	defer s.inflight.Add(-1)
-	if s.MaxInflight > 0 && n > int64(s.MaxInflight) {
+	if !s.enter() {
 		refuse(w, busy(s.MaxInflight))
 		return
 	}
+	defer s.inflight.Add(-1)
 	s.Handler.ServeHTTP(w, r)
+}
+
+// enter counts a call that may run; one that may not is not counted, so that it
+// takes nobody's place.
+func (s *Server) enter() bool {
+	for {
+		n := s.inflight.Load()
+		if s.MaxInflight > 0 && n >= int64(s.MaxInflight) {
+			return false
+		}
+		if s.inflight.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
 }
 
 // refuse sends p. The server first reads what is left of a small body, which
