@@ -167,7 +167,7 @@ func TestHeaders(t *testing.T) {
 func TestJSON(t *testing.T) {
 	s := three(t)
 	a := s.do(t, "?block=4&split=bytes", "a <b> a \xff\xff \xfe \xff", "Accept: application/json")
-	if a.status != 200 || a.body != "{\"a\": 2,\"\ufffd\": 2,\"<b>\": 1,\"\ufffd\ufffd\": 1}\n" {
+	if a.status != 200 || a.body != "{\"a\": 2, \"\ufffd\": 2, \"<b>\": 1, \"\ufffd\ufffd\": 1}\n" {
 		t.Errorf("answer is %d %q", a.status, a.body)
 	}
 }

@@ -34,11 +34,13 @@ var forms = []struct {
 	form  form
 }{
 	{"text/plain", func(j *job, ctx context.Context, w http.ResponseWriter) {
+		if j.output == "json" { // asked for by one who cannot set headers
+			j.json(ctx, w)
+			return
+		}
 		j.whole(ctx, w, "text/plain; charset=utf-8", Answer.WriteText)
 	}},
-	{"application/json", func(j *job, ctx context.Context, w http.ResponseWriter) {
-		j.whole(ctx, w, "application/json", Answer.WriteJSON)
-	}},
+	{"application/json", (*job).json},
 	{"application/x-ndjson", (*job).lines},
 	{"text/event-stream", (*job).events},
 }
@@ -87,6 +89,10 @@ func negotiate(accept []string) (form, *wire.Problem) {
 			fmt.Sprintf("the answer cannot be had as %q; it can as %s", wire.Cut(strings.Join(accept, ", ")), strings.Join(names, ", ")))
 	}
 	return best, nil
+}
+
+func (j *job) json(ctx context.Context, w http.ResponseWriter) {
+	j.whole(ctx, w, "application/json", Answer.WriteJSON)
 }
 
 // measure counts and digests an answer before it is sent, so that its headers

@@ -96,10 +96,11 @@ func AutoBlock(n int64) int {
 	return int(min(max(n/16, leastAuto), mostAuto))
 }
 
-func (h *Handler) block(ps params, length int64, by string) (int, *wire.Problem) {
+func (h *Handler) block(ps params, up *upload, by string) (int, *wire.Problem) {
+	length := up.length
 	v, given := ps["block"]
 	if !given || v == "auto" {
-		return AutoBlock(length), nil
+		return AutoBlock(up.total), nil // a form is little longer than its file
 	}
 	size, err := sheaf.ParseSize(v)
 	switch {
@@ -246,7 +247,7 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	if j.split, p = ps.splitter(by); p != nil {
 		return nil, p
 	}
-	if j.split.Size, p = h.block(ps, up.length, by); p != nil {
+	if j.split.Size, p = h.block(ps, up, by); p != nil {
 		return nil, p
 	}
 	j.split.MaxBlocks = h.MaxBlocks

@@ -267,7 +267,7 @@ func TestBlockFailsWhileTheUploadStalls(t *testing.T) {
 					if err := c.Close(); err != nil {
 						t.Fatal(err)
 					}
-					settled(t, s, before, time.Second)
+					settled(t, s, before, 3*time.Second)
 				})
 			}
 		}
@@ -285,7 +285,7 @@ func TestRestOfAnUploadIsNoRequest(t *testing.T) {
 				<-release
 				return nil, worker.Reject(errors.New("bad"))
 			})})
-			c := s.dial(t, fmt.Sprintf("POST /?block=10&split=bytes HTTP/1.1\r\nHost: m\r\nAccept: %s\r\nContent-Length: %d\r\n\r\n0123456789", accept, 10+2*len(hidden)))
+			c := s.dial(t, fmt.Sprintf("POST /?block=10&split=bytes HTTP/1.1\r\nHost: m\r\nAccept: %s\r\nContent-Length: %d\r\n\r\n0123456789x", accept, 11+2*len(hidden)))
 			close(release)
 			time.Sleep(50 * time.Millisecond)
 			_, _ = io.WriteString(c, hidden) // the master may have ended the connection
@@ -338,7 +338,7 @@ func TestClientGone(t *testing.T) {
 				case <-time.After(5 * time.Second):
 					t.Fatal("the worker was never told")
 				}
-				settled(t, s, before, 2*time.Second)
+				settled(t, s, before, 3*time.Second)
 			})
 		}
 	}
@@ -486,5 +486,5 @@ func TestPanicWhileTheUploadStalls(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	settled(t, s, before, time.Second)
+	settled(t, s, before, 3*time.Second)
 }

@@ -147,6 +147,9 @@ func TestFormsAgree(t *testing.T) {
 			t.Errorf("%s gives another answer", query)
 		}
 	}
+	if b.count("block=300&output=json", in).body != b.count("block=300", in, "Accept", "application/json").body {
+		t.Error("output=json gives another answer than Accept: application/json")
+	}
 	head := b.count("block=300", in).header
 	for _, h := range []string{"Sheaf-Job", "Sheaf-Blocks", "Sheaf-Replicas", "Sheaf-Elapsed", "Content-Digest", "Content-Length"} {
 		if head.Get(h) == "" {

@@ -259,20 +259,20 @@ func (c *Counts) WriteText(w io.Writer) error {
 // that are the same after that are counted together. No Add may follow.
 func (c *Counts) WriteJSON(w io.Writer) error {
 	out := bufio.NewWriterSize(w, 64<<10)
-	before := byte('{')
+	before := "{"
 	for _, e := range valid(c.sort()) {
 		key, err := quote(e.word)
 		if err != nil {
 			return err
 		}
-		_ = out.WriteByte(before) // the error stays, and comes with Flush
+		_, _ = out.WriteString(before) // the error stays, and comes with Flush
 		_, _ = out.Write(key)
 		_, _ = out.WriteString(": ")
 		_, _ = out.Write(strconv.AppendInt(nil, e.n, 10))
-		before = ','
+		before = ", "
 	}
-	if before == '{' {
-		_ = out.WriteByte('{')
+	if before == "{" {
+		_, _ = out.WriteString(before)
 	}
 	_, _ = out.WriteString("}\n")
 	return out.Flush()
