@@ -147,10 +147,12 @@ func (e *BlockError) Error() string {
 func (e *BlockError) Unwrap() error { return e.Err }
 
 // A PartialError says that some blocks have no result, and which. It ends the
-// iteration over the results of a scatter.
+// iteration over the results of a scatter. Of the blocks that were read, each
+// has a result, is Missing, or was Stopped.
 type PartialError struct {
 	Job     string
-	Missing []*BlockError // in block order, at least one
+	Missing []*BlockError // those that were given up, in block order, at least one
+	Stopped []int         // indexes of those that were under way when that ended the scatter
 	Done    int           // blocks that have a result
 	Total   int           // blocks in the input, -1 when it was not read to its end
 }
@@ -164,6 +166,9 @@ func (e *PartialError) Error() string {
 	s := fmt.Sprintf("%d%s blocks have a result; missing: %v", e.Done, of, e.Missing[0])
 	if n := len(e.Missing) - 1; n > 0 {
 		s += fmt.Sprintf(" (and %s more)", count(n, "block"))
+	}
+	if n := len(e.Stopped); n > 0 {
+		s += fmt.Sprintf("; %s under way stopped with it", count(n, "block"))
 	}
 	return s
 }

@@ -1,6 +1,7 @@
 package sheaf
 
 import (
+	"errors"
 	"fmt"
 	"iter"
 	"maps"
@@ -49,19 +50,27 @@ func Gather[T any](results iter.Seq2[Result, error], decode func([]byte) (T, err
 	var values []T
 	for r, err := range results {
 		if err != nil {
+			if p, ok := errors.AsType[*PartialError](err); ok {
+				values = extend(values, max(p.Total, p.Missing[len(p.Missing)-1].Index+1))
+			}
 			return values, err
 		}
 		v, err := decode(r.Data)
 		if err != nil {
 			return values, decodeError(r, err)
 		}
-		for len(values) <= r.Index {
-			var zero T
-			values = append(values, zero)
-		}
+		values = extend(values, r.Index+1)
 		values[r.Index] = v
 	}
 	return values, nil
+}
+
+// extend returns values with zeros added until there are n.
+func extend[T any](values []T, n int) []T {
+	if n <= len(values) {
+		return values
+	}
+	return append(values, make([]T, n-len(values))...)
 }
 
 // Reduce decodes each result and merges it into one value, in block order and

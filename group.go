@@ -313,6 +313,9 @@ func (g *Group) call(ctx context.Context, req *Request) (*Reply, error) {
 	case err == nil && reply == nil:
 		return nil, &CallError{Fault: FaultLost, Err: errors.New("route returned neither a reply nor an error")}
 	case err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded):
+		if ce, ok := errors.AsType[*CallError](err); ok {
+			err = ce.Err // who and what is said anew
+		}
 		return nil, &CallError{Fault: FaultTimeout, From: req.To.ID,
 			Err: fmt.Errorf("no answer within %v: %w", g.Timeout, err)}
 	case err == nil && g.Verified && !reply.Verified:

@@ -337,3 +337,55 @@ func TestJobNamesThatCannotTravel(t *testing.T) {
 		}
 	}
 }
+
+func TestStaticKnowsReplicasByTheirURL(t *testing.T) {
+	t.Parallel()
+	static := sheaf.Static{{URL: "http://a"}, {URL: "http://b"}, {URL: "http://a"}, {ID: "c", URL: "http://a"}}
+	for v, err := range static.Watch(t.Context(), "worker") {
+		if err != nil || len(v.Replicas) != 3 || v.Desired != 3 || v.Replicas[1].ID != "http://b" || v.Replicas[2].ID != "c" {
+			t.Errorf("view %+v, error %v", v, err)
+		}
+		break
+	}
+}
+
+func TestScatterEndsWhenNothingCanBeAddressed(t *testing.T) {
+	t.Parallel()
+	calls := 0
+	g := &sheaf.Group{Function: "worker", Resolver: sheaf.Static{{ID: "a"}}, PerReplica: 1,
+		Route: sheaf.RouteFunc(func(context.Context, *sheaf.Request) (*sheaf.Reply, error) {
+			calls++
+			return nil, fmt.Errorf("no URL: %w", sheaf.ErrNotAddressable)
+		})}
+	for _, err := range g.Scatter(t.Context(), sheaf.SplitLines(strings.NewReader("a\n"), 10)) {
+		if !errors.Is(err, sheaf.ErrNotAddressable) || calls != 1 {
+			t.Errorf("after %d calls: %v", calls, err)
+		}
+	}
+}
+
+// Of the blocks that were read each has a result, is missing, or was stopped.
+func TestPartialErrorAccountsForAllBlocks(t *testing.T) {
+	t.Parallel()
+	held := make(chan struct{})
+	g := &sheaf.Group{Function: "worker", Resolver: sheaf.Static{{ID: "a"}, {ID: "b"}},
+		Route: sheaf.RouteFunc(func(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
+			switch req.Index {
+			case 0: // under way when block 1 is refused
+				close(held)
+				<-ctx.Done()
+				return nil, ctx.Err()
+			case 1:
+				<-held
+				return nil, &sheaf.CallError{Fault: sheaf.FaultRejected, Err: errors.New("bad")}
+			}
+			return &sheaf.Reply{Body: req.Body, From: req.To.ID}, nil
+		})}
+	values, err := sheaf.Gather(g.Scatter(t.Context(), sheaf.SplitLines(strings.NewReader("a\nb\nc\nd\n"), 2)),
+		func(b []byte) (string, error) { return string(b), nil })
+	p, ok := errors.AsType[*sheaf.PartialError](err)
+	if !ok || len(p.Missing) != 1 || p.Missing[0].Index != 1 || !slices.Contains(p.Stopped, 0) ||
+		p.Total >= 0 && p.Done+len(p.Missing)+len(p.Stopped) != p.Total || len(values) < 2 {
+		t.Errorf("values %q, error %+v", values, err)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -203,8 +204,8 @@ func (s *scatter) watch() {
 // step gives the machine one event and carries its commands out. done says
 // that the scatter is over.
 func (s *scatter) step(h happening, yield func(Result, error) bool) (done bool, err error) {
-	if h.err != nil && h.event.Kind != schedule.Ended {
-		return true, h.err
+	if h.err != nil && (h.event.Kind != schedule.Ended || errors.Is(h.err, ErrNotAddressable)) {
+		return true, h.err // no other attempt would fare better
 	}
 	switch h.event.Kind {
 	case schedule.BlockRead:
@@ -285,6 +286,7 @@ func (s *scatter) partial() error {
 	if s.ended {
 		s.missing.Total = s.read
 	}
+	s.missing.Stopped = slices.Sorted(maps.Keys(s.held))
 	return &s.missing
 }
 

@@ -713,7 +713,7 @@ func TestScatterHolds(t *testing.T) {
 			}
 			return nil, nil
 		}}
-		g := sheaf.Group{Route: r, Resolver: ready(3), Limit: 10}
+		g := sheaf.Group{Route: r, Resolver: ready(3), Limit: 10, NoHedge: true}
 		if results, err := drain(t, g.Scatter(t.Context(), blocks)); err != nil || len(results) != 300 {
 			t.Errorf("%d results, error %v", len(results), err)
 		}

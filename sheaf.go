@@ -3,6 +3,7 @@ package sheaf
 import (
 	"context"
 	"iter"
+	"slices"
 	"time"
 )
 
@@ -103,13 +104,23 @@ type Resolver interface {
 }
 
 // Static is a [Resolver] whose views never change: the given replicas are
-// ready, at epoch 1, whatever function is asked for.
+// ready, at epoch 1, whatever function is asked for. A replica without an ID
+// has its URL for one; of several with one ID the first counts.
 type Static []Replica
 
 // Watch yields the one view and then waits for ctx to end.
 func (s Static) Watch(ctx context.Context, function string) iter.Seq2[View, error] {
 	return func(yield func(View, error) bool) {
-		v := View{Function: function, Epoch: 1, Desired: len(s), Replicas: append([]Replica(nil), s...)}
+		v := View{Function: function, Epoch: 1}
+		for _, r := range s {
+			if r.ID == "" {
+				r.ID = r.URL
+			}
+			if !slices.ContainsFunc(v.Replicas, func(o Replica) bool { return o.ID == r.ID }) {
+				v.Replicas = append(v.Replicas, r)
+			}
+		}
+		v.Desired = len(v.Replicas)
 		if yield(v, nil) {
 			<-ctx.Done()
 		}

@@ -113,7 +113,7 @@ func (v *jsonValue) skip(p []byte) int {
 // neither is ever written to.
 var (
 	stopsInString = [256]bool{'"': true, '\\': true, '\n': true}
-	stopsOutside  = [256]bool{'"': true, '{': true, '}': true, '[': true, ']': true, '\n': true}
+	stopsOutside  = [256]bool{'"': true, '{': true, '}': true, '[': true, ']': true, '\n': true, '\r': true}
 )
 
 func (l *jsonLine) last(p []byte) (int, error) {
@@ -170,7 +170,26 @@ func (c *cutter) jsonArray(skip int) error {
 		buf, end, start = rest, 0, element
 		return err
 	}
+	tooLong := func() error {
+		if len(buf)-end <= c.maxRecord {
+			return nil
+		}
+		return &RecordError{Offset: element, Limit: c.maxRecord, Err: ErrRecordTooLong}
+	}
 	for {
+		if len(v.open) > 0 || v.str { // what changes nothing is taken at once
+			p, _ := c.in.Peek(c.in.Buffered()) // it is there
+			if n := v.skip(p); n > 0 {
+				buf = append(buf, p[:n]...)
+				pos += int64(n)
+				if _, err := c.in.Discard(n); err != nil {
+					return c.readError(pos, err)
+				}
+				if err := tooLong(); err != nil {
+					return err
+				}
+			}
+		}
 		b, err := c.in.ReadByte()
 		if err == io.EOF {
 			return fail(pos, "the JSON array has no end")
@@ -221,8 +240,8 @@ func (c *cutter) jsonArray(skip int) error {
 			b = ' '
 		}
 		buf = append(buf, b)
-		if len(buf)-end > c.maxRecord {
-			return &RecordError{Offset: element, Limit: c.maxRecord, Err: ErrRecordTooLong}
+		if err := tooLong(); err != nil {
+			return err
 		}
 	}
 	for {

@@ -27,10 +27,14 @@ func New(maxReply int64) *Route {
 }
 
 // Call posts the request to req.To's address. It fails with
-// sheaf.ErrNotAddressable when req names no replica.
+// sheaf.ErrNotAddressable when req names no replica, or one without a URL.
 func (r *Route) Call(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
 	if req.To.URL == "" {
 		return nil, fmt.Errorf("direct route: the request names no replica: %w", sheaf.ErrNotAddressable)
+	}
+	if !strings.HasPrefix(req.To.URL, "http://") && !strings.HasPrefix(req.To.URL, "https://") {
+		return nil, fmt.Errorf("direct route: address %q of replica %s is not a URL such as http://10.0.0.7:8080: %w",
+			req.To.URL, req.To.ID, sheaf.ErrNotAddressable)
 	}
 	return r.caller.Post(ctx, strings.TrimSuffix(req.To.URL, "/")+"/", req)
 }

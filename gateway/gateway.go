@@ -110,6 +110,10 @@ const maxList = 16 << 20
 // where replicas are; of OpenFaaS's own, none can.
 var ErrNoAddresses = errors.New("the provider does not tell replica addresses")
 
+// ErrUnauthorized comes from all but Deploy and Scale when the gateway does not
+// know the user, or the password is wrong.
+var ErrUnauthorized = errors.New("the gateway wants another login")
+
 var errSilent = errors.New("the stream fell silent")
 
 // Replicas yields, for each function, its replicas in all states, and again on
@@ -220,8 +224,11 @@ func (c *Client) call(ctx context.Context, client *http.Client, method, path str
 		defer resp.Body.Close()
 		said, _ := io.ReadAll(io.LimitReader(resp.Body, 512)) // as much as can be had of the reason
 		err := fmt.Errorf("%s %s: %s: %q", method, req.URL.Redacted(), resp.Status, bytes.TrimSpace(said))
-		if resp.StatusCode == http.StatusNotFound {
+		switch resp.StatusCode {
+		case http.StatusNotFound:
 			err = &notFoundError{err}
+		case http.StatusUnauthorized:
+			err = fmt.Errorf("%w: %w", ErrUnauthorized, err)
 		}
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -37,12 +38,15 @@ type Front struct {
 	Healthy func() error
 	// Version is told at /system/info.
 	Version string
+	// Auth is who may use /system/...; the zero value lets everybody.
+	Auth Auth
 	// StartWait is how long a call waits for a first ready replica; 0 means
 	// 30 seconds.
 	StartWait time.Duration
 
 	mux   *http.ServeMux
 	proxy *httputil.ReverseProxy
+	async *asyncQueue // nil without a stack: then nothing can be queued
 }
 
 // heartbeat is how often a stream of changes says that it lives.
@@ -56,7 +60,10 @@ func NewFront(p *Provider, version string) *Front {
 		Transport:    &balancer{p, wire.NewHTTP(256).Transport},
 		ErrorHandler: f.unreachable,
 		ModifyResponse: func(resp *http.Response) error {
-			resp.Request.Context().Value(callKey{}).(*call).last(resp.Header)
+			// Not before: the headers of a 100 Continue would take them away.
+			c := resp.Request.Context().Value(callKey{}).(*call)
+			maps.Copy(resp.Header, c.head)
+			c.last(resp.Header)
 			return nil
 		},
 		ErrorLog: slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
@@ -65,6 +72,11 @@ func NewFront(p *Provider, version string) *Front {
 		"GET /healthz":                        f.health,
 		"GET /system/info":                    f.info,
 		"GET /system/namespaces":              func(w http.ResponseWriter, _ *http.Request) { reply(w, []string{Namespace}) },
+		"/system/namespace/{name...}":         f.namespace,
+		"GET /system/secrets":                 f.secrets,
+		"POST /system/secrets":                f.secrets,
+		"PUT /system/secrets":                 f.secrets,
+		"DELETE /system/secrets":              f.secrets,
 		"GET /system/functions":               f.list,
 		"POST /system/functions":              func(w http.ResponseWriter, r *http.Request) { f.deploy(w, r, true) },
 		"PUT /system/functions":               func(w http.ResponseWriter, r *http.Request) { f.deploy(w, r, false) },
@@ -96,12 +108,36 @@ func (f *Front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.invoke(w, r)
 		return
 	}
-	if strings.HasPrefix(r.URL.Path, "/system/") && !fromHere(r) {
-		wire.Refuse(http.StatusForbidden, "foreign_host",
-			"the provider's API is for this machine: the Host must be a loopback address, and no web page may call").Write(w)
+	if f.async != nil && strings.HasPrefix(r.URL.Path, "/async-function/") {
+		f.async.ServeHTTP(w, r)
 		return
 	}
+	if strings.HasPrefix(r.URL.Path, "/system/") {
+		switch {
+		case !fromHere(r):
+			wire.Refuse(http.StatusForbidden, "foreign_host",
+				"the provider's API is for this machine: the Host must be a loopback address, and no web page may call").Write(w)
+			return
+		case !f.Auth.allows(r):
+			unauthorized(w)
+			return
+		}
+	}
+	if r.Body != http.NoBody { // a stream of changes has none, and may last
+		expect(w, requestTimeout)
+	}
 	f.mux.ServeHTTP(w, r)
+}
+
+const (
+	requestTimeout = 5 * time.Second // for the body of a request to the provider
+	refusalTimeout = time.Second     // for what is left of a body that nobody wants
+)
+
+// expect bounds how long the server waits for a request's body: it reads what
+// is left of one before it answers.
+func expect(w http.ResponseWriter, d time.Duration) {
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(d)) // not every ResponseWriter can
 }
 
 // fromHere refuses what a web page could make a browser on this machine send:
@@ -251,7 +287,8 @@ func (f *Front) kill(w http.ResponseWriter, r *http.Request) {
 // logs answers as faas-provider's log handler does: lines of JSON.
 func (f *Front) logs(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
-	req := logs.Request{Name: q.Get("name"), Instance: q.Get("instance"), Follow: q.Get("follow") == "true" || q.Get("follow") == "1"}
+	req := logs.Request{Name: q.Get("name"), Instance: q.Get("instance")}
+	req.Follow, _ = strconv.ParseBool(q.Get("follow")) // anything else means no, as for OpenFaaS
 	var err error
 	if s := q.Get("tail"); s != "" {
 		req.Tail, err = strconv.Atoi(s)
@@ -375,27 +412,25 @@ type callKey struct{}
 func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
 	name, _, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/function/"), "/")
 	name, here := split(name)
-	if p := CheckName(name); p != nil {
+	p := checkName(name)
+	if p == nil && !here {
+		p = f.Provider.unknown(name)
+	}
+	if p != nil {
+		expect(w, refusalTimeout)
 		p.Write(w)
 		return
 	}
-	if !here {
-		f.Provider.unknown(name).Write(w)
-		return
-	}
+	c := &call{name: name, wait: f.StartWait, head: http.Header{"X-Served-By": {f.servedBy()}}}
 	if r.Header.Get("X-Call-Id") == "" {
-		id := rand.Text()
-		r.Header.Set("X-Call-Id", id)
-		w.Header().Set("X-Call-Id", id)
+		c.head.Set("X-Call-Id", rand.Text())
+		r.Header.Set("X-Call-Id", c.head.Get("X-Call-Id"))
 	}
-	start := strconv.FormatInt(time.Now().UnixNano(), 10)
-	r.Header.Set("X-Start-Time", start)
-	w.Header().Set("X-Start-Time", start)
-	w.Header().Set("X-Served-By", f.servedBy())
+	c.head.Set("X-Start-Time", strconv.FormatInt(time.Now().UnixNano(), 10))
+	r.Header.Set("X-Start-Time", c.head.Get("X-Start-Time"))
 	// A function may answer while its input is still coming. Where that cannot
 	// be had, it answers after.
 	_ = http.NewResponseController(w).EnableFullDuplex()
-	c := &call{name: name, wait: f.StartWait}
 	if c.wait <= 0 {
 		c.wait = startTimeout
 	}
@@ -410,6 +445,7 @@ func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
 type call struct {
 	name string
 	wait time.Duration
+	head http.Header           // of the answer, beside what the function sets
 	open atomic.Bool           // the caller's body has not been read to its end
 	cut  atomic.Pointer[error] // why it could not be
 }
@@ -460,6 +496,7 @@ func (f *Front) rewrite(pr *httputil.ProxyRequest) {
 // unreachable answers for a replica that could not.
 func (f *Front) unreachable(w http.ResponseWriter, r *http.Request, err error) {
 	c := r.Context().Value(callKey{}).(*call)
+	maps.Copy(w.Header(), c.head)
 	c.last(w.Header())
 	if p, ok := errors.AsType[*wire.Problem](err); ok {
 		p.Write(w)

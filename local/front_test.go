@@ -533,3 +533,32 @@ func TestReplicaStream(t *testing.T) {
 	next(all, 6*time.Second, "heartbeat", func(v sheaf.View) bool { return v.Function == "" })
 	t.Logf("heartbeat after %v", time.Since(begun).Round(time.Millisecond))
 }
+
+// A caller that announces a body and sends none gets its refusal all the same,
+// and the headers of an answer come with it, not with a 100 Continue.
+func TestBodiesThatDoNotCome(t *testing.T) {
+	m := newMachine(t)
+	for _, path := range []string{"/function/nosuch", "/function/No", "/nothing"} {
+		begun := time.Now()
+		resp, body := m.raw("POST " + path + " HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n")
+		if resp.StatusCode < 400 || time.Since(begun) > 15*time.Second {
+			t.Errorf("%s: %d after %v: %s", path, resp.StatusCode, time.Since(begun), body)
+		}
+	}
+	m.deploy("web", "web", 1)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, m.url+"/function/web", strings.NewReader("hi"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Expect", "100-continue")
+	transport := &http.Transport{ExpectContinueTimeout: 5 * time.Second}
+	defer transport.CloseIdleConnections()
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.Header.Get("X-Call-Id") == "" || resp.Header.Get("X-Served-By") == "" {
+		t.Errorf("%d with headers %v", resp.StatusCode, resp.Header)
+	}
+}

@@ -39,6 +39,9 @@ func TestMain(m *testing.M) {
 		case "-provider":
 			provide(os.Args[2])
 			return
+		case "-stack":
+			provideStack(os.Args[2])
+			return
 		}
 	}
 	goleak.VerifyTestMain(m)
@@ -53,7 +56,7 @@ func command(image string) ([]string, error) {
 		return nil, err
 	}
 	switch image {
-	case "web", "worker", "crash", "shortlived", "stubborn", "slow":
+	case "web", "worker", "crash", "shortlived", "stubborn", "slow", "async":
 		return []string{self, "-replica", image}, nil
 	case "fork": // leaves a child of its own in its process group
 		return []string{"sh", "-c", `sleep 1000 & echo "grandchild $!"; exec "$0" -replica web`, self}, nil
@@ -85,6 +88,9 @@ func replica(mode string) {
 	}
 	defer stop()
 	srv := &http.Server{Addr: os.Getenv("sheaf_listen"), Handler: http.HandlerFunc(web)}
+	if mode == "async" {
+		srv.Handler = http.HandlerFunc(asyncFunction())
+	}
 	if mode == "shortlived" {
 		go func() {
 			time.Sleep(20 * time.Millisecond)
@@ -118,7 +124,7 @@ func web(w http.ResponseWriter, r *http.Request) {
 	switch r.URL.Path {
 	case "/_/ready":
 	case "/log":
-		for _, l := range strings.Split(r.FormValue("lines"), ",") {
+		for l := range strings.SplitSeq(r.FormValue("lines"), ",") {
 			fmt.Println(l)
 		}
 	case "/sleep":
@@ -148,6 +154,14 @@ func web(w http.ResponseWriter, r *http.Request) {
 	case "/deafen": // it lives on, but nobody can reach it
 		w.Header().Set("Connection", "close")
 		_ = r.Context().Value(listenerKey{}).(net.Listener).Close()
+	case "/secret":
+		secret, err := os.ReadFile(filepath.Join(os.Getenv(local.MountEnv), r.FormValue("name")))
+		if err != nil {
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+		_, _ = w.Write(secret)
+	case "/environ":
+		fmt.Fprint(w, strings.Join(os.Environ(), "\n"))
 	case "/early":
 		w.WriteHeader(http.StatusTooManyRequests)
 		_ = control.Flush()
@@ -205,12 +219,17 @@ type machine struct {
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	p := local.NewProvider(command, quiet)
+	closed, err := p.Keep(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
 	m := &machine{t: t, Provider: p, front: local.NewFront(p, "test"), http: &http.Client{Transport: &http.Transport{}}}
 	ts := httptest.NewServer(m.front)
 	m.url = ts.URL
 	t.Cleanup(func() {
 		m.http.CloseIdleConnections()
 		p.Close()
+		closed()
 		ts.CloseClientConnections()
 		ts.Close()
 	})

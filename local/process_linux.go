@@ -7,7 +7,7 @@ import (
 )
 
 // own makes cmd the leader of a process group. When this process is killed, cmd
-// is, too; processes that cmd itself started then live on.
+// is, too, at once; the guard ends what cmd started.
 func own(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }

@@ -7,8 +7,8 @@ import (
 	"syscall"
 )
 
-// own makes cmd the leader of a process group. Here, unlike on Linux, the
-// group outlives this process if that is killed.
+// own makes cmd the leader of a process group. When this process is killed,
+// only the guard ends it.
 func own(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 }

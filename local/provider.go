@@ -50,15 +50,22 @@ type Provider struct {
 	// NewProvider sets it to 10 seconds. It must not change after the first
 	// Deploy.
 	DrainTime time.Duration
+	// Env is what a replica finds in its environment when its deployment says
+	// nothing else. It must not change after the first Deploy.
+	Env map[string]string
 
 	command func(image string) ([]string, error)
 	log     *slog.Logger
 	spawn   *spawner
+	guard   *guard
 	probe   *http.Client
 
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+
+	store *store     // of a Stack; nil means that functions are forgotten and there are no secrets
+	keep  sync.Mutex // held while what is in store changes; before mu
 
 	mu        sync.Mutex // guards what is below, and the functions
 	functions map[string]*function
@@ -75,7 +82,8 @@ type function struct {
 	generation  int // of the spec
 	replicas    []*replica
 	invocations uint64
-	failures    int // replicas in a row that died young
+	turns       uint64 // of replicas
+	failures    int    // replicas in a row that died young
 	version     uint64
 	logs        *logBook
 }
@@ -92,6 +100,7 @@ func NewProvider(command func(image string) (argv []string, err error), log *slo
 		DrainTime: drainTimeout,
 		command:   command, log: log, ctx: ctx, cancel: cancel,
 		spawn:     newSpawner(),
+		guard:     newGuard(log),
 		probe:     &http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}},
 		functions: make(map[string]*function),
 		ports:     make(map[string]bool),
@@ -107,6 +116,7 @@ func (p *Provider) Close() {
 	p.mu.Unlock()
 	p.wg.Wait()
 	p.spawn.close()
+	p.guard.close()
 }
 
 // touch tells the watchers that f changed. p.mu is held.
@@ -121,8 +131,8 @@ func (p *Provider) touch(f *function) {
 
 var functionName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
-// CheckName refuses what cannot be the name of a function.
-func CheckName(name string) *wire.Problem {
+// checkName refuses what cannot be the name of a function.
+func checkName(name string) *wire.Problem {
 	if !functionName.MatchString(name) {
 		return wire.Refuse(http.StatusUnprocessableEntity, wire.CodeBadFunction,
 			fmt.Sprintf("function name %q must be 1 to 63 lower-case letters, digits and inner hyphens", wire.Cut(name))).About("service")
@@ -137,37 +147,61 @@ func (p *Provider) unknown(name string) *wire.Problem {
 
 // Deploy creates a function, or changes it when create is false.
 func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Problem {
-	if bad := CheckName(spec.Service); bad != nil {
+	if bad := checkName(spec.Service); bad != nil {
 		return bad
 	}
 	if spec.Namespace != "" && spec.Namespace != Namespace {
-		return wire.Refuse(http.StatusForbidden, "namespace_not_allowed",
-			fmt.Sprintf("namespace %q is not allowed; a local provider has only %s", wire.Cut(spec.Namespace), Namespace)).About("namespace")
+		return foreign(spec.Namespace)
 	}
 	if _, err := p.command(spec.Image); err != nil {
 		return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
 	}
-	least, most, err := bounds(spec)
-	if err != nil {
+	if _, _, err := bounds(spec); err != nil {
 		return wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, err.Error()).About("labels")
+	}
+	for _, name := range spec.Secrets {
+		if !p.hasSecret(name) {
+			return wire.Refuse(http.StatusBadRequest, "unknown_secret",
+				fmt.Sprintf("function %s wants secret %q, which does not exist; create it first, with faas-cli secret create", spec.Service, wire.Cut(name))).About("secrets")
+		}
+	}
+	p.keep.Lock()
+	defer p.keep.Unlock()
+	k := kept{CreatedAt: time.Now().UTC(), Spec: spec}
+	p.mu.Lock()
+	f := p.functions[spec.Service]
+	if f != nil {
+		k.CreatedAt = f.created
+	}
+	p.mu.Unlock()
+	if f == nil && !create {
+		return p.unknown(spec.Service)
+	}
+	if p.store != nil {
+		if err := p.store.keepFunction(k); err != nil {
+			return notKept("function "+spec.Service, err)
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	f := p.functions[spec.Service]
-	switch {
-	case f == nil && !create:
-		return p.unknown(spec.Service)
-	case f == nil:
-		f = &function{created: time.Now().UTC(), logs: newLogBook()}
-		p.functions[spec.Service] = f
+	p.set(k)
+	return nil
+}
+
+// set makes or changes a function, whose spec has been checked. p.mu is held.
+func (p *Provider) set(k kept) {
+	f := p.functions[k.Spec.Service]
+	if f == nil {
+		f = &function{logs: newLogBook()}
+		p.functions[k.Spec.Service] = f
 	}
-	f.spec = spec
+	f.spec, f.created = k.Spec, k.CreatedAt
 	f.generation++
 	f.failures = 0
+	least, most, _ := bounds(f.spec) // they have been checked
 	f.desired = min(max(least, f.desired), most)
 	p.touch(f)
 	p.reconcile(f)
-	return nil
 }
 
 // bounds reads how many replicas the labels allow.
@@ -191,12 +225,21 @@ func bounds(spec types.FunctionDeployment) (least, most int, err error) {
 
 // Delete removes a function: its replicas finish what they have and end.
 func (p *Provider) Delete(name string) *wire.Problem {
+	p.keep.Lock()
+	defer p.keep.Unlock()
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	f := p.functions[name]
+	p.mu.Unlock()
 	if f == nil {
 		return p.unknown(name)
 	}
+	if p.store != nil {
+		if err := p.store.remove(functionsFolder, name+functionFile); err != nil {
+			return notKept("function "+name, err)
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	delete(p.functions, name)
 	f.desired = 0
 	p.touch(nil)
@@ -428,9 +471,12 @@ func (p *Provider) take(ctx context.Context, name string, not []*replica) (*repl
 		}
 		changed := p.changed
 		if best != nil {
-			f.invocations++
+			if len(not) == 0 { // the first try of a call
+				f.invocations++
+			}
+			f.turns++
 			best.calls++
-			best.used = f.invocations
+			best.used = f.turns
 			p.mu.Unlock()
 			return best, nil
 		}

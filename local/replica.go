@@ -27,7 +27,7 @@ type replica struct {
 	spec       types.FunctionDeployment
 	process    *process
 	calls      int           // that go through the front now
-	used       uint64        // when the front used it last
+	used       uint64        // the function's turn when the front used it last
 	end        chan struct{} // closed when it shall drain
 	quiet      chan struct{} // closed when it drains and no call goes through the front
 }
@@ -52,8 +52,13 @@ func (p *Provider) process(f *function, r *replica) error {
 		return err
 	}
 	defer p.leave(addr)
+	secrets, err := p.mount(r)
+	if err != nil {
+		return err
+	}
+	defer p.unmount(secrets)
 	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Env = environment(r, addr)
+	cmd.Env = p.environment(r, addr, secrets)
 	out, in, err := os.Pipe()
 	if err != nil {
 		return err
@@ -65,12 +70,14 @@ func (p *Provider) process(f *function, r *replica) error {
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
+	p.guard.began(ps.pid)
 	var logged sync.WaitGroup
 	logged.Go(func() { f.logs.copy(r.Function, r.ID, out) })
 	exited := make(chan error, 1)
 	go func() {
 		err := cmd.Wait()
-		ps.kill()                                            // what it left behind in its group, and what may hold the pipe
+		ps.kill() // what it left behind in its group, and what may hold the pipe
+		p.guard.ended(ps.pid)
 		_ = out.SetReadDeadline(time.Now().Add(pipeTimeout)) // one that left the group may still hold it
 		logged.Wait()
 		exited <- err
@@ -195,8 +202,9 @@ func (p *Provider) leave(addr string) {
 }
 
 // environment is what a replica's process sees: as in a container, only what
-// the deployment says, who it is, and where to listen.
-func environment(r *replica, addr string) []string {
+// the deployment and the provider say, who it is, where to listen, and where
+// its secrets are.
+func (p *Provider) environment(r *replica, addr, secrets string) []string {
 	_, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		port = "8080"
@@ -212,11 +220,17 @@ func environment(r *replica, addr string) []string {
 			env = append(env, k+"="+v)
 		}
 	}
+	for k, v := range p.Env { // of two settings of a name, the last one counts
+		env = append(env, k+"="+v)
+	}
 	if r.spec.EnvProcess != "" {
 		env = append(env, "fprocess="+r.spec.EnvProcess)
 	}
-	for k, v := range r.spec.EnvVars { // of two settings of a name, the last one counts
+	for k, v := range r.spec.EnvVars {
 		env = append(env, k+"="+v)
+	}
+	if secrets != "" { // whatever path the deployment thinks they are at
+		env = append(env, MountEnv+"="+secrets)
 	}
 	return env
 }

@@ -8,8 +8,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -21,7 +24,8 @@ import (
 
 // A Stack is all of it in one process: NATS with JetStream, a provider with a
 // gateway's front, the watcher and the record of replicas. It listens on
-// loopback only.
+// loopback only. Every function finds nats_url and gateway_url in its
+// environment.
 type Stack struct {
 	URL      string // of the front
 	NATS     string // URL
@@ -31,10 +35,12 @@ type Stack struct {
 
 	log   *slog.Logger
 	nats  *server.Server
-	dir   string // of JetStream
+	store *store
+	brief bool // store is removed at the end
 	conns []*nats.Conn
 	http  *http.Server
 	api   *gateway.Client
+	async *asyncQueue
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
 	errs  chan error
@@ -46,6 +52,13 @@ type Config struct {
 	Port int
 	// Command says how a replica of an image is started.
 	Command func(image string) (argv []string, err error)
+	// Dir is the folder in which functions, secrets and JetStream's streams are
+	// kept for the next stack; empty means a temporary one.
+	Dir string
+	// Auth is who may use /system/...; the zero value lets everybody.
+	Auth Auth
+	// Async says how asynchronous calls are made.
+	Async AsyncConfig
 	// Version is told at /system/info.
 	Version string
 	// Healthy says why the stack is not ready yet, at /healthz; nil means that
@@ -56,6 +69,9 @@ type Config struct {
 
 // Start starts a stack. Close ends it, and every process that it started.
 func Start(cfg Config) (_ *Stack, err error) {
+	if err := cfg.Auth.validate(); err != nil {
+		return nil, err
+	}
 	s := &Stack{log: cfg.Log, errs: make(chan error, 2)}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -77,9 +93,19 @@ func Start(cfg Config) (_ *Stack, err error) {
 		}
 	}()
 	s.URL = "http://" + l.Addr().String()
+	if s.brief = cfg.Dir == ""; s.brief {
+		sweep()
+		if cfg.Dir, err = os.MkdirTemp("", fmt.Sprintf("sheaf-%d-", os.Getpid())); err != nil {
+			return nil, fmt.Errorf("start: %w", err)
+		}
+	}
+	if s.store, err = openStore(cfg.Dir); err != nil {
+		return nil, fmt.Errorf("start: %w", err)
+	}
 	s.Provider = NewProvider(cfg.Command, s.log)
+	s.Provider.store = s.store
 	s.Front = NewFront(s.Provider, cfg.Version)
-	s.Front.Healthy = cfg.Healthy
+	s.Front.Healthy, s.Front.Auth = cfg.Healthy, cfg.Auth
 	s.http = &http.Server{Handler: s.Front, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 3 * time.Minute,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
 	if err := s.startNATS(); err != nil {
@@ -97,12 +123,23 @@ func Start(cfg Config) (_ *Stack, err error) {
 		return nil, err
 	}
 	s.Front.Views = s.Registry
+	s.Provider.Env = map[string]string{"nats_url": s.NATS, "gateway_url": s.URL}
+	if err := s.Provider.restore(); err != nil {
+		return nil, fmt.Errorf("start: %w", err)
+	}
+	queue, err := s.connect("sheaf async")
+	if err != nil {
+		return nil, err
+	}
+	if s.async, err = newAsync(cfg.Async, s.Front, queue, s.log, s.errs); err != nil {
+		return nil, err
+	}
 	s.wg.Go(func() {
 		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			s.errs <- err
 		}
 	})
-	if s.api, err = gateway.NewClient(s.URL, "", ""); err != nil {
+	if s.api, err = gateway.NewClient(s.URL, cfg.Auth.User, cfg.Auth.Password); err != nil {
 		return nil, err
 	}
 	w := &registry.Watcher{Conn: watch, Provider: s.api, Source: s.api, Log: s.log}
@@ -115,12 +152,9 @@ func Start(cfg Config) (_ *Stack, err error) {
 }
 
 func (s *Stack) startNATS() (err error) {
-	if s.dir, err = os.MkdirTemp("", "sheaf-nats-"); err != nil {
-		return fmt.Errorf("start NATS: %w", err)
-	}
 	s.nats, err = server.NewServer(&server.Options{
 		ServerName: "sheaf", Host: "127.0.0.1", Port: server.RANDOM_PORT,
-		JetStream: true, StoreDir: s.dir, NoSigs: true, NoLog: true, MaxPayload: 8 << 20,
+		JetStream: true, StoreDir: filepath.Join(s.store.dir, natsFolder), NoSigs: true, NoLog: true, MaxPayload: 8 << 20,
 	})
 	if err != nil {
 		return fmt.Errorf("start NATS: %w", err)
@@ -135,7 +169,8 @@ func (s *Stack) startNATS() (err error) {
 
 // connect opens a connection to NATS that never gives up.
 func (s *Stack) connect(name string) (*nats.Conn, error) {
-	nc, err := nats.Connect(s.NATS, nats.Name(name), nats.InProcessServer(s.nats), nats.MaxReconnects(-1))
+	nc, err := nats.Connect(s.NATS, nats.Name(name), nats.InProcessServer(s.nats), nats.MaxReconnects(-1),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.log.Debug("NATS", "err", err) }))
 	if err != nil {
 		return nil, fmt.Errorf("connect to NATS: %w", err)
 	}
@@ -152,6 +187,9 @@ func (s *Stack) Failed() <-chan error { return s.errs }
 // Close ends the stack and every process of its functions.
 func (s *Stack) Close() {
 	s.stop()
+	if s.async != nil {
+		s.async.Close() // its calls finish while there are replicas
+	}
 	if s.Provider != nil {
 		s.Provider.Close()
 	}
@@ -172,8 +210,11 @@ func (s *Stack) Close() {
 	if s.api != nil {
 		s.api.Close()
 	}
-	if s.dir != "" {
-		_ = os.RemoveAll(s.dir) // a temporary folder; nothing in it is needed again
+	if s.store != nil {
+		if s.brief {
+			_ = os.RemoveAll(s.store.dir) // a temporary folder; nothing in it is needed again
+		}
+		s.store.close()
 	}
 }
 
@@ -182,4 +223,16 @@ func (s *Stack) Close() {
 func (s *Stack) StopNATS() {
 	s.nats.Shutdown()
 	s.nats.WaitForShutdown()
+}
+
+// sweep removes the temporary folders of stacks that were killed: their names
+// hold the number of a process that is no more.
+func sweep() {
+	folders, _ := filepath.Glob(filepath.Join(os.TempDir(), "sheaf-*-*")) // the pattern is well-formed
+	for _, f := range folders {
+		number, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(f), "sheaf-"), "-")
+		if pid, err := strconv.Atoi(number); err == nil && pid > 0 && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+			_ = os.RemoveAll(f) // it may be another user's
+		}
+	}
 }

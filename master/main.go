@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -25,6 +26,7 @@ import (
 //	nats_url         where the record of replicas is; nats://nats.openfaas:4222
 //	gateway_url      for route=gateway; http://gateway.openfaas:8080
 //	worker_function  that does the work; "worker"
+//	namespaces       whose functions a request may name, separated by commas; openfaas-fn
 //	max_input, max_block  bytes
 //	max_result       bytes of one block's result; twice max_block and a little
 //	max_blocks, max_workers, max_jobs numbers
@@ -52,6 +54,7 @@ func build(job Job, getenv func(string) string) (*serve.Server, func(), error) {
 		Job:        job,
 		Self:       self,
 		Function:   v.String("worker_function", "worker"),
+		Namespaces: strings.Split(v.String("namespaces", registry.DefaultNamespace), ","),
 		MaxInput:   int64(v.Int("max_input", DefaultMaxInput, 1, most)),
 		MaxBlock:   v.Int("max_block", DefaultMaxBlock, 1, 1<<31-1),
 		MaxBlocks:  v.Int("max_blocks", DefaultMaxBlocks, 1, 1<<40),
@@ -81,7 +84,8 @@ func build(job Job, getenv func(string) string) (*serve.Server, func(), error) {
 		return expected("gateway_url", gatewayURL, "a URL such as http://gateway.openfaas:8080")
 	}
 	nc, err := nats.Connect(natsURL, nats.Name("sheaf master "+s.Replica),
-		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond))
+		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { h.Log.Warn("NATS", "err", err) }))
 	if err != nil { // it repeats the value, which may hold a password
 		return nil, nil, errors.New("environment variable nats_url cannot be used; expected URLs such as nats://nats.openfaas:4222")
 	}

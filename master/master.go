@@ -71,6 +71,10 @@ type Handler struct {
 	// will be. When nil, the number of replicas is what it is.
 	AtLeast func(ctx context.Context, function string, n int) (int, error)
 
+	// Namespaces are those whose functions a request may name; nil means only
+	// OpenFaaS's default one.
+	Namespaces []string
+
 	MaxInput   int64         // bytes of one upload; 0 means 64 GiB
 	MaxBlock   int           // bytes; 0 means 64 MiB
 	MaxBlocks  int           // of one job; 0 means 4,000,000
@@ -312,7 +316,9 @@ func (j *job) classify(err error) *wire.Problem {
 	}
 	if e, ok := errors.AsType[*sheaf.RecordError](err); ok {
 		if errors.Is(e, sheaf.ErrRecordTooLong) {
-			return wire.Refuse(http.StatusUnprocessableEntity, "record_too_long", e.Error()).About("split").Within(e.Limit)
+			return wire.Refuse(http.StatusUnprocessableEntity, "record_too_long",
+				fmt.Sprintf("the record at byte %d is longer than the limit of %d bytes; ask for blocks that it fits into (block=, up to %d), or for split=bytes",
+					e.Offset, e.Limit, j.h.MaxBlock)).About("split").Within(e.Limit)
 		}
 		return wire.Refuse(http.StatusUnprocessableEntity, "malformed_input", e.Error()).About("split")
 	}

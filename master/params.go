@@ -16,6 +16,7 @@ import (
 
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/internal/wire"
+	"github.com/sheaf-project/sheaf/registry"
 )
 
 // Parameters of a job, as its query names them.
@@ -164,7 +165,16 @@ func (h *Handler) function(ps params) (string, *wire.Problem) {
 		return "", wire.Refuse(http.StatusUnprocessableEntity, wire.CodeBadFunction,
 			fmt.Sprintf("function %q must be 1 to 63 lower-case letters, digits and inner hyphens, or such a name with a namespace after a dot", wire.Cut(v))).About("function")
 	}
-	if name, _, _ := strings.Cut(v, "."); name == h.Self {
+	name, namespace, named := strings.Cut(v, ".")
+	allowed := h.Namespaces
+	if allowed == nil {
+		allowed = []string{registry.DefaultNamespace}
+	}
+	if named && !slices.Contains(allowed, namespace) {
+		return "", wire.Refuse(http.StatusForbidden, "namespace_not_allowed",
+			fmt.Sprintf("namespace %q is not allowed; allowed are %s, which namespaces sets", wire.Cut(namespace), strings.Join(allowed, ", "))).About("function")
+	}
+	if name == h.Self {
 		return "", wire.Refuse(http.StatusUnprocessableEntity, "depth_exceeded",
 			fmt.Sprintf("function %q is the master itself, which cannot be its own worker", v)).About("function")
 	}

@@ -169,6 +169,7 @@ func TestBadInput(t *testing.T) {
 		{name: "function with a query", target: "/?function=a%3Fb%3Dc", status: 422, code: "bad_function_name", param: "function"},
 		{name: "the master itself", target: "/?function=master", status: 422, code: "depth_exceeded", param: "function", says: []string{`"master"`}},
 		{name: "the master itself with its namespace", target: "/?function=master.openfaas-fn", status: 422, code: "depth_exceeded", param: "function"},
+		{name: "another namespace", target: "/?function=worker.kube-system", status: 403, code: "namespace_not_allowed", param: "function", says: []string{`"kube-system"`, "openfaas-fn"}},
 		{name: "timeout 5", target: "/?timeout=5", status: 400, code: "bad_parameter", param: "timeout", says: []string{`"5"`, "30s"}},
 		{name: "timeout NaN", target: "/?timeout=NaN", status: 400, code: "bad_parameter", param: "timeout"},
 		{name: "timeout empty", target: "/?timeout=", status: 400, code: "bad_parameter", param: "timeout"},

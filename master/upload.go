@@ -24,8 +24,8 @@ const (
 	readPiece    = 64 << 10 // bytes
 	slowest      = 1 << 10  // bytes a second; what comes slower uses up Patience
 	maxParts     = 1000
-	maxField     = 4 << 10 // bytes of a form's field that is not the file
-	drainBytes   = 8 << 20 // of an upload that is refused, so that its sender reads why
+	maxField     = 4 << 10  // bytes of a form's field that is not the file
+	drainBytes   = 64 << 20 // of an upload that is refused, so that its sender reads why
 	drainTimeout = 2 * time.Second
 )
 

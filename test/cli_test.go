@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -69,6 +70,7 @@ func TestRun(t *testing.T) {
 		{"by CSV", []string{"--split", "csv", path}, ""},
 		{"route gateway", []string{"--route", "gateway", path}, ""},
 		{"kills", []string{"--kill", "2@50%", "--block", "500", path}, ""},
+		{"more kills than replicas", []string{"--kill", "99@50%", "--workers", "3", path}, ""},
 		{"all killed", []string{"--kill", "4@20%", "--workers", "4", path}, ""},
 		{"kill with one block", []string{"--kill", "1@50%", "--block", "1MiB", path}, ""},
 	} {
@@ -85,6 +87,35 @@ func TestRun(t *testing.T) {
 				t.Errorf("summary of kills is %q", last)
 			}
 		})
+	}
+}
+
+// Files that are made as they are read say that they are empty.
+func TestRunFileWithoutSize(t *testing.T) {
+	want, err := os.ReadFile("/proc/version")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := cli(t, "", "run", "/proc/version"); got.code != 0 || got.out != sequential(string(want)) {
+		t.Errorf("exit code %d: %s%s", got.code, got.out, got.err)
+	}
+	if got := cli(t, "", "run", "/dev/null"); got.code != 0 || got.out != "" || !strings.HasPrefix(got.err[strings.Index(got.err, "0 blocks"):], "0 blocks") {
+		t.Errorf("/dev/null: exit code %d: %s%s", got.code, got.out, got.err)
+	}
+}
+
+// A reader that leaves ends the command in order: nothing is left in the
+// folder for temporary files.
+func TestRunIntoHead(t *testing.T) {
+	path, dir := file(t, text(8, 3<<20)), t.TempDir()
+	cmd := exec.CommandContext(t.Context(), "bash", "-c", `"$0" run "$1" | head -1; exit "${PIPESTATUS[0]}"`, binary, path)
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	left, _ := os.ReadDir(dir)
+	if n := bytes.Count(out, []byte("\n")); n != 1 || len(left) > 0 || strings.Contains(errs.String(), "goroutine") {
+		t.Errorf("%d lines, %v, left behind %v: %s", n, err, left, errs.String())
 	}
 }
 
@@ -118,10 +149,10 @@ func TestRunRefuses(t *testing.T) {
 		{"unknown flag", "", []string{"run", "--blok", "3", path}, 2, "-blok"},
 		{"block of letters", "", []string{"run", "--block", "abc", path}, 2, `"abc" is not a whole number of bytes`},
 		{"block of half a byte", "", []string{"run", "--block", "1.5", path}, 2, `"1.5" is not a whole number of bytes`},
-		{"block 0", "", []string{"run", "--block", "0", path}, 2, "at least 1 byte"},
-		{"negative block", "", []string{"run", "--block", "-1", path}, 2, "at least 1 byte"},
-		{"block over the limit", "", []string{"run", "--block", "65MiB", path}, 1, "must be from 1 to 67108864"},
-		{"block over any limit", "", []string{"run", "--block", "9223372036854775808", path}, 2, "at most"},
+		{"block 0", "", []string{"run", "--block", "0", path}, 2, "must be from 1 byte to 64 MiB"},
+		{"negative block", "", []string{"run", "--block", "-1", path}, 2, "must be from 1 byte to 64 MiB"},
+		{"block over the limit", "", []string{"run", "--block", "65MiB", path}, 2, "must be from 1 byte to 64 MiB"},
+		{"block over any limit", "", []string{"run", "--block", "9223372036854775808", path}, 2, "must be from 1 byte"},
 		{"no worker", "", []string{"run", "--workers", "0", path}, 2, "must be from 1 to 1000"},
 		{"negative workers", "", []string{"run", "--workers", "-1", path}, 2, "must be from 1 to 1000"},
 		{"a million workers", "", []string{"run", "--workers", "1000000", path}, 2, "must be from 1 to 1000"},
@@ -130,7 +161,10 @@ func TestRunRefuses(t *testing.T) {
 		{"unknown output", "", []string{"run", "--output", "xml", path}, 2, "must be one of text, json"},
 		{"kill without a place", "", []string{"run", "--kill", "2", path}, 2, "must be K@P%"},
 		{"kill of standard input", "a", []string{"run", "--kill", "2@50%", "-"}, 2, "needs a file"},
-		{"delimiter with lines", "", []string{"run", "--delimiter", "x", path}, 1, "delimiter is for split=records and split=csv"},
+		{"delimiter with lines", "", []string{"run", "--delimiter", "x", path}, 2, "delimiter is for --split records and --split csv"},
+		{"an empty delimiter", "", []string{"run", "--split", "records", "--delimiter", "", path}, 2, "must not be empty"},
+		{"a file that cannot be read", "", []string{"run", "/proc/self/mem"}, 1, "/proc/self/mem"},
+		{"kill in a file without a size", "", []string{"run", "--kill", "1@50%", "/proc/version"}, 2, "whose size is known"},
 		{"delimiter too long", "", []string{"run", "--split", "records", "--delimiter", "12345678901234567", path}, 1, "over the limit of 16"},
 		{"broken CSV", "a,\"b\n", []string{"run", "--split", "csv", "-"}, 1, "no closing quote"},
 		{"broken JSON", "[1,,2]", []string{"run", "--split", "json", "-"}, 1, "lacks an element"},
@@ -259,14 +293,30 @@ func ended(t *testing.T, pids []string, within time.Duration) {
 func TestKillSheaf(t *testing.T) {
 	cmd, _ := startUp(t, "--port", "0", "--workers", "3")
 	pids := functions(t, cmd.Process.Pid)
-	if len(pids) != 4 {
-		t.Fatalf("sheaf up runs %d processes, want a master and 3 workers", len(pids))
+	if len(pids) != 5 {
+		t.Fatalf("sheaf up runs %d processes, want a master, 3 workers and their guard", len(pids))
 	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
 	ended(t, pids, 2*time.Second)
+
+	// It could not remove its folder for temporary files; the next one does.
+	left := func() []string {
+		folders, err := filepath.Glob(filepath.Join(os.TempDir(), fmt.Sprintf("sheaf-%d-*", cmd.Process.Pid)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return folders
+	}
+	if len(left()) != 1 {
+		t.Errorf("folders of the one that was killed: %v", left())
+	}
+	cli(t, "a\n", "run", "-")
+	if len(left()) != 0 {
+		t.Errorf("folders that are left: %v", left())
+	}
 }
 
 func TestInterrupt(t *testing.T) {

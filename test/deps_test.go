@@ -44,7 +44,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},
 	"functions/master":    {own: []string{"functions/wordcount", "master"}},
 	"cmd/sheaf": {own: []string{"", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
-		modules: []string{"github.com/openfaas/faas-provider", "golang.org/x/term"}},
+		modules: []string{"github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},
 }
 

@@ -7,8 +7,10 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -201,11 +203,49 @@ func TestNATSAway(t *testing.T) {
 	}
 }
 
+// Faults 9 and 10: a worker hangs (SIGSTOP). Its blocks go to another one, and
+// it gets no more than a few; the job does not wait for its time to run out.
+func TestHungWorker(t *testing.T) {
+	for _, query := range []string{"", "block=1000", "route=gateway"} {
+		t.Run(query, func(t *testing.T) {
+			b := start(t, 4, nil)
+			in := text(6, 2<<20)
+			want := sequential(in)
+			pids := functions(t, os.Getpid())
+			for _, pid := range pids {
+				args, err := os.ReadFile("/proc/" + pid + "/cmdline")
+				if err != nil || !strings.Contains(string(args), "worker") {
+					continue
+				}
+				n, err := strconv.Atoi(pid)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := syscall.Kill(n, syscall.SIGSTOP); err != nil {
+					t.Fatal(err)
+				}
+				begun := time.Now()
+				if got := b.count(query, in); got.body != want {
+					t.Error("the counts differ from a sequential count")
+				}
+				took := time.Since(begun)
+				t.Logf("with 1 of 4 workers hung: %v", took)
+				if took > 20*time.Second { // a third of the time for one attempt
+					t.Errorf("the job waited for the hung worker: %v", took)
+				}
+				return
+			}
+			t.Fatalf("no worker among processes %v", pids)
+		})
+	}
+}
+
 // An address that refuses is left out: the record is behind when it still
 // names a replica that was killed.
 func TestAllButOneKilled(t *testing.T) {
 	b := start(t, 4, nil)
-	b.StopNATS() // nobody tells the master
+	b.count("", "a") // the master has read the record
+	b.StopNATS()     // and nobody tells it what follows
 	for _, r := range b.replicas("worker")[:3] {
 		if err := b.Client().Kill(t.Context(), "worker", r.ID); err != nil {
 			t.Fatal(err)

@@ -44,7 +44,7 @@ func TestReadme(t *testing.T) {
 
 // varying is what may differ: times, sizes of blocks that follow from the
 // README's own length, ports, IDs, epochs, and the blanks that make columns.
-var varying = regexp.MustCompile(`\d+(\.\d+)?(µs|ms|s)\b|\d+ blocks? of up to|on \d+ replicas?|127\.0\.0\.1:\d+|(worker|master)-[0-9a-f]{8}|\d\d:\d\d:\d\d +\d+| +`)
+var varying = regexp.MustCompile(`\d+(\.\d+)?(µs|ms|s)\b|\d+ blocks? of up to|on \d+ replicas?|at \d+ %|127\.0\.0\.1:\d+|(worker|master)-[0-9a-f]{8}|\d\d:\d\d:\d\d +\d+| +`)
 
 // consoles runs the commands of the console blocks of a text, and returns it
 // with what they print below them.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -31,6 +32,9 @@ var binary string
 func TestMain(m *testing.M) {
 	if log := os.Getenv(slowFunction); log != "" {
 		runSlow(log)
+	}
+	if len(os.Args) == 2 && os.Args[1] == echoFlag {
+		runEcho()
 	}
 	dir, err := os.MkdirTemp("", "sheaf-test-")
 	if err != nil {
@@ -83,9 +87,7 @@ func (b *bench) deploy(name, image string, replicas int, envs ...map[string]stri
 	b.t.Helper()
 	env := map[string]string{}
 	for _, e := range envs {
-		for k, v := range e {
-			env[k] = v
-		}
+		maps.Copy(env, e)
 	}
 	labels := map[string]string{local.LabelMin: fmt.Sprint(replicas), local.LabelMax: fmt.Sprint(local.MaxReplicas)}
 	if err := b.Client().Deploy(b.t.Context(), types.FunctionDeployment{Service: name, Image: image, Labels: &labels, EnvVars: env}); err != nil {

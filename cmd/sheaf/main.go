@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -26,6 +27,7 @@ const (
 	exitFailed      = 1   // the job, or the stack, failed
 	exitUsage       = 2   // the command line is wrong
 	exitInterrupted = 130 // by ^C
+	exitPipe        = 141 // the reader of the answer left
 )
 
 func main() {
@@ -38,13 +40,19 @@ func main() {
 			master.Main(master.Job{New: func() master.Answer { return new(wordcount.Counts) }, Line: wordcount.Line})
 		}
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	// A reader that leaves (| head) shall not end the process before it has
+	// cleaned up: writing then returns EPIPE.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	context.AfterFunc(ctx, stop) // a second ^C ends the process at once
 	err := run(ctx, os.Args[1:], std{os.Stdin, os.Stdout, os.Stderr})
 	interrupted := ctx.Err() != nil
 	stop()
 	var usage usageError
 	switch {
 	case err == nil || errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, syscall.EPIPE):
+		os.Exit(exitPipe) // whoever read the answer has enough of it
 	case errors.As(err, &usage):
 		fmt.Fprintf(os.Stderr, "sheaf: %v\n", err)
 		os.Exit(exitUsage)
@@ -86,7 +94,8 @@ For example:
   sheaf up                               # then, in another terminal:
   curl --data-binary @FILE http://127.0.0.1:8080/function/master
 
-Exit codes: 0 done, 1 failed, 2 wrong command line, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong command line, 130 interrupted, 141 the
+reader of the answer left.
 `
 
 func run(ctx context.Context, args []string, s std) error {
@@ -116,8 +125,8 @@ func flags(s std, name, usage, example string) *flag.FlagSet {
 	f := flag.NewFlagSet(name, flag.ContinueOnError)
 	f.SetOutput(io.Discard) // parse says what is wrong, once
 	f.Usage = func() {
-		fmt.Fprintf(s.err, "Usage: sheaf %s\n\nFor example: %s\n\nFlags:\n", usage, example)
-		f.SetOutput(s.err)
+		fmt.Fprintf(s.out, "Usage: sheaf %s\n\nFor example: %s\n\nFlags:\n", usage, example)
+		f.SetOutput(s.out)
 		f.PrintDefaults()
 		f.SetOutput(io.Discard)
 	}
@@ -127,10 +136,13 @@ func flags(s std, name, usage, example string) *flag.FlagSet {
 // parse parses flags that may stand before, between and after the arguments,
 // and returns those.
 func parse(f *flag.FlagSet, args []string) ([]string, error) {
+	help := f.Usage
+	f.Usage = func() {} // a wrong flag is said in one line
 	var rest []string
 	for {
 		if err := f.Parse(args); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
+				help()
 				return nil, err
 			}
 			return nil, usagef("%s: %v; sheaf %s -h lists the flags", f.Name(), err, f.Name())
@@ -149,10 +161,8 @@ func parse(f *flag.FlagSet, args []string) ([]string, error) {
 
 // oneOf checks the value of a flag.
 func oneOf(name, value string, known ...string) error {
-	for _, k := range known {
-		if value == k {
-			return nil
-		}
+	if slices.Contains(known, value) {
+		return nil
 	}
 	return usagef("--%s is %q, and must be one of %s", name, value, strings.Join(known, ", "))
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -40,12 +41,15 @@ func ps(ctx context.Context, args []string, s std) error {
 	if err != nil {
 		return err
 	}
-	client, err := gateway.NewClient(*url, "", "")
+	client, err := newClient(*url)
 	if err != nil {
-		return usageError{err}
+		return err
 	}
 	defer client.Close()
 	body, err := client.Views(ctx, *watch)
+	if errors.Is(err, gateway.ErrUnauthorized) {
+		return fmt.Errorf("%w; log in with faas-cli login --gateway %s", err, *url)
+	}
 	if err != nil {
 		return fmt.Errorf("%w; is a stack running there? sheaf up starts one", err)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/gateway"
 	"github.com/sheaf-project/sheaf/local"
+	"github.com/sheaf-project/sheaf/master"
 )
 
 // jobFlags are the flags of run.
@@ -69,18 +71,23 @@ func parseJob(args []string, s std) (*jobFlags, error) {
 		return nil, usagef("--port is %d, and must be from 0 to 65535", j.port)
 	}
 	j.file = rest[0]
-	for name, known := range map[string][]string{"split": sheaf.Splits(), "route": {"direct", "gateway"}, "output": {"text", "json"}} {
-		if err := oneOf(name, f.Lookup(name).Value.String(), known...); err != nil {
-			return nil, err
-		}
+	if err := cmp.Or(
+		oneOf("split", j.split, sheaf.Splits()...),
+		oneOf("route", j.route, "direct", "gateway"),
+		oneOf("output", j.output, "text", "json"),
+	); err != nil {
+		return nil, err
+	}
+	if given["delimiter"] && (j.delimiter == "" || j.split != "records" && j.split != "csv") {
+		return nil, usagef("--delimiter is for --split records and --split csv, and must not be empty")
 	}
 	if j.block != "auto" {
 		n, err := sheaf.ParseSize(j.block)
 		if err != nil && !errors.Is(err, strconv.ErrRange) {
 			return nil, usagef("--block: %v", err)
 		}
-		if err != nil || n < 1 {
-			return nil, usagef("--block is %q, and must be at least 1 byte and at most what the master takes (64MiB)", j.block)
+		if err != nil || n < 1 || n > master.DefaultMaxBlock && j.gateway == "" {
+			return nil, usagef("--block is %q, and must be from 1 byte to %s", j.block, sizeText(master.DefaultMaxBlock))
 		}
 	}
 	return j, j.parseKill()
@@ -126,7 +133,7 @@ func runJob(ctx context.Context, args []string, s std) error {
 		if workers == 0 {
 			workers = defaultWorkers()
 		}
-		st, err := start(ctx, j.port, true, workers, s, j.verbose)
+		st, err := start(ctx, local.Config{Port: j.port}, true, workers, s, j.verbose)
 		if err != nil {
 			return err
 		}
@@ -134,8 +141,8 @@ func runJob(ctx context.Context, args []string, s std) error {
 		base, client = st.URL, st.Client()
 		j.workers = 0 // they are deployed
 	} else {
-		if client, err = gateway.NewClient(base, "", ""); err != nil {
-			return usageError{err}
+		if client, err = newClient(base); err != nil {
+			return err
 		}
 		defer client.Close()
 	}
@@ -143,7 +150,7 @@ func runJob(ctx context.Context, args []string, s std) error {
 	sum, err := job.post(ctx, input)
 	job.bar.clear()
 	if err != nil {
-		return err
+		return changed(err, input, size)
 	}
 	total := time.Since(begun)
 	work := time.Duration(sum.Elapsed * float64(time.Millisecond))
@@ -152,7 +159,21 @@ func runJob(ctx context.Context, args []string, s std) error {
 	return nil
 }
 
-// open opens the file, or standard input; size is -1 when it is not known.
+// changed says so when the input is a file that is not as long as it was.
+func changed(err error, input io.Reader, size int64) error {
+	f, ok := input.(*os.File)
+	if !ok || size < 0 {
+		return err
+	}
+	info, failed := f.Stat()
+	if failed != nil || info.Size() == size {
+		return err
+	}
+	return fmt.Errorf("%s changed while it was read, from %d to %d bytes; run it again when it rests", f.Name(), size, info.Size())
+}
+
+// open opens the file, or standard input; size is -1 when it is not known. A
+// file that says that it is empty may be one that is made as it is read.
 func open(name string, in io.Reader) (io.ReadCloser, int64, error) {
 	if name == "-" {
 		return io.NopCloser(in), -1, nil
@@ -169,7 +190,7 @@ func open(name string, in io.Reader) (io.ReadCloser, int64, error) {
 		f.Close()
 		return nil, 0, err
 	}
-	if !info.Mode().IsRegular() {
+	if !info.Mode().IsRegular() || info.Size() == 0 {
 		return f, -1, nil
 	}
 	return f, info.Size(), nil
@@ -216,6 +237,9 @@ func (j *jobRun) post(ctx context.Context, input io.Reader) (jobSummary, error) 
 		q.Set("output", j.flags.output)
 	}
 	if j.flags.victims > 0 {
+		if j.size < 0 {
+			return jobSummary{}, usagef("--kill needs a file whose size is known, and %s is none", j.flags.file)
+		}
 		if !events {
 			return jobSummary{}, usagef("--kill needs a stack of sheaf's own, and %s is none", j.base)
 		}
@@ -229,9 +253,6 @@ func (j *jobRun) post(ctx context.Context, input io.Reader) (jobSummary, error) 
 	}
 	if j.size >= 0 {
 		req.ContentLength = j.size
-		if j.size == 0 {
-			req.Body = http.NoBody
-		}
 	}
 	req.Header.Set("Content-Type", "application/octet-stream")
 	req.Header.Set("Accept", accept)
@@ -353,32 +374,47 @@ func (j *jobRun) progress(ctx context.Context, data []byte) {
 	}
 	j.bar.show(p, j.size)
 	if j.gate != nil && j.gate.reached(p.Bytes) {
-		j.killSome(ctx)
+		j.killSome(ctx, p.Bytes)
 		j.gate.open()
 	}
 }
 
-// killSome ends replicas of the worker as kill -9 does: those that are ready,
-// and if they are too few those that become so within two seconds.
-func (j *jobRun) killSome(ctx context.Context) {
+// killSome ends replicas of the worker as kill -9 does: of those that there are
+// now, as they become ready, within two seconds. What takes their place lives.
+func (j *jobRun) killSome(ctx context.Context, done int64) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	killed := map[string]bool{}
+	var here map[string]bool // replicas, and whether they still live
+	killed := 0
+	var failed error
 	for v, err := range j.client.Replicas(ctx) {
 		if err != nil {
+			failed = err
 			break
 		}
-		for _, r := range v.Replicas {
-			if len(killed) < j.flags.victims && r.Function == "worker" && r.State == sheaf.Ready && !killed[r.ID] &&
-				j.client.Kill(ctx, "worker", r.ID) == nil {
-				killed[r.ID] = true
+		if v.Function != "worker."+local.Namespace {
+			continue
+		}
+		if here == nil {
+			here = map[string]bool{}
+			for _, r := range v.Replicas {
+				here[r.ID] = r.State != sheaf.Draining
 			}
 		}
-		if len(killed) == j.flags.victims {
+		for _, r := range v.Replicas {
+			if killed < j.flags.victims && here[r.ID] && r.State == sheaf.Ready && j.client.Kill(ctx, "worker", r.ID) == nil {
+				here[r.ID] = false
+				killed++
+			}
+		}
+		if killed == min(j.flags.victims, len(here)) {
 			break
 		}
 	}
-	j.note = fmt.Sprintf("; killed %s at %d %%", count(len(killed), "replica"), j.flags.percent)
+	j.note = fmt.Sprintf("; killed %s at %d %%", count(killed, "replica"), done*100/max(j.size, 1))
+	if killed == 0 && failed != nil {
+		j.note += fmt.Sprintf(" (%v)", failed)
+	}
 }
 
 // round shortens a duration for people.

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -40,7 +41,7 @@ func command(image string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	switch image {
+	switch strings.TrimSuffix(image, ":latest") { // which faas-cli adds to what a stack file says
 	case masterImage:
 		return []string{self, functionCommand, "master"}, nil
 	case workerImage:
@@ -55,17 +56,18 @@ type stack struct {
 	ready atomic.Bool // master and worker are warm
 }
 
-// start starts a local stack at the port, or at any free one if that is taken
+// start starts a local stack at cfg's port, or at any free one if that is taken
 // and may be another, and deploys master and worker.
-func start(ctx context.Context, port int, orAny bool, workers int, s std, verbose bool) (*stack, error) {
+func start(ctx context.Context, cfg local.Config, orAny bool, workers int, s std, verbose bool) (*stack, error) {
 	st := &stack{}
-	cfg := local.Config{Port: port, Command: command, Version: version, Log: logger(s.err, verbose),
-		Healthy: func() error {
-			if !st.ready.Load() {
-				return errors.New("master and worker are starting; ask again")
-			}
-			return nil
-		}}
+	port := cfg.Port
+	cfg.Command, cfg.Version, cfg.Log = command, version, logger(s.err, verbose)
+	cfg.Healthy = func() error {
+		if !st.ready.Load() {
+			return errors.New("master and worker are starting; ask again")
+		}
+		return nil
+	}
 	var err error
 	st.Stack, err = local.Start(cfg)
 	if errors.Is(err, syscall.EADDRINUSE) && orAny {
@@ -96,18 +98,31 @@ func logger(w io.Writer, verbose bool) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
+// deploy deploys master and worker. One that is there, because the stack was
+// here before, stays as it is, but for the number of workers.
 func (st *stack) deploy(ctx context.Context, workers int) error {
+	there := map[string]bool{}
+	for _, f := range st.Provider.Functions() {
+		there[f.Name] = true
+	}
+	if there["worker"] {
+		if err := st.Client().Scale(ctx, "worker", workers); err != nil {
+			return err
+		}
+	}
 	labels := func(least int) *map[string]string {
 		return &map[string]string{local.LabelMin: fmt.Sprint(least), local.LabelMax: fmt.Sprint(maxWorkers)}
 	}
 	for _, spec := range []types.FunctionDeployment{{
 		Service: "master", Image: masterImage, Labels: labels(1),
-		EnvVars: map[string]string{"nats_url": st.NATS, "gateway_url": st.URL, "worker_function": "worker",
-			"GOMEMLIMIT": "44MiB", "GOGC": "50"},
+		EnvVars: map[string]string{"worker_function": "worker", "GOMEMLIMIT": "44MiB", "GOGC": "50"},
 	}, {
 		Service: "worker", Image: workerImage, Labels: labels(workers),
 		EnvVars: map[string]string{"GOMEMLIMIT": "32MiB"},
 	}} {
+		if there[spec.Service] {
+			continue
+		}
 		if err := st.Client().Deploy(ctx, spec); err != nil {
 			return err
 		}
@@ -147,6 +162,9 @@ func up(ctx context.Context, args []string, s std) error {
 	f := flags(s, "up", "up [FLAGS]", "sheaf up --port 8080 --workers 4")
 	port := f.Int("port", 8080, "to listen at, on 127.0.0.1; 0 means any free `port`")
 	workers := f.Int("workers", defaultWorkers(), "`number` of worker replicas")
+	data := f.String("data", "", "`folder` in which functions, secrets and queues are kept for the next time; without it they are forgotten")
+	auth := f.Bool("auth", false, "ask who uses /system/...: user admin, with a random password that faas-cli login is told")
+	passwordFile := f.String("password-file", "", "`file` with the password to ask for; means --auth")
 	verbose := f.Bool("verbose", false, "log what happens")
 	rest, err := parse(f, args)
 	switch {
@@ -159,10 +177,17 @@ func up(ctx context.Context, args []string, s std) error {
 	case *workers < 1 || *workers > maxWorkers:
 		return usagef("--workers is %d, and must be from 1 to %d", *workers, maxWorkers)
 	}
+	cfg := local.Config{Port: *port, Dir: *data}
+	var login string
+	if *auth || *passwordFile != "" {
+		if cfg.Auth, login, err = newLogin(*passwordFile); err != nil {
+			return err
+		}
+	}
 	given := false
 	f.Visit(func(fl *flag.Flag) { given = given || fl.Name == "port" })
 	begun := time.Now()
-	st, err := start(ctx, *port, !given, *workers, s, *verbose)
+	st, err := start(ctx, cfg, !given, *workers, s, *verbose)
 	if err != nil {
 		return err
 	}
@@ -178,6 +203,9 @@ Try, in another terminal:
   curl -N --data-binary @README.md -H 'Accept: application/x-ndjson' %[1]s/function/master
   sheaf ps --watch --gateway %[1]s
 `, st.URL, time.Since(begun).Round(time.Millisecond), *workers)
+	if login != "" {
+		fmt.Fprintf(s.err, "\nThe API asks for a login:\n  %s --gateway %s\n", login, st.URL)
+	}
 	select {
 	case <-ctx.Done():
 		return nil

@@ -8,6 +8,7 @@ import (
 	"compress/gzip"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
@@ -74,9 +75,7 @@ func statuses(t *testing.T, open Open) {
 		t.Run(c.name, func(t *testing.T) {
 			srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
 				read(r)
-				for key, values := range c.header {
-					w.Header()[key] = values
-				}
+				maps.Copy(w.Header(), c.header)
 				w.WriteHeader(c.status)
 				if c.status != http.StatusNoContent && c.status != http.StatusNotModified {
 					_, _ = io.WriteString(w, c.body)

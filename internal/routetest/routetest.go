@@ -11,6 +11,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -133,10 +134,8 @@ func fails(reply *sheaf.Reply, err error, faults ...sheaf.Fault) (ce *sheaf.Call
 	if ce.Err == nil {
 		return ce, "the CallError has no cause"
 	}
-	for _, f := range faults {
-		if ce.Fault == f {
-			return ce, ""
-		}
+	if slices.Contains(faults, ce.Fault) {
+		return ce, ""
 	}
 	return ce, fmt.Sprintf("got the fault %q (%v), want %v", ce.Fault, err, faults)
 }

@@ -28,8 +28,13 @@ type replica struct {
 	until   Time // paused until then
 }
 
-// judge draws the consequences of an attempt's end for its replica.
-func (m *Machine) judge(now Time, r *replica, e Event) {
+// anyone says whether r stands for all replicas, of which the route picks one.
+func (r *replica) anyone() bool { return r.id == "" }
+
+// judge draws the consequences of an attempt's end for its replica. When the
+// route picks the replica, there is nobody to pause for being slow.
+func (m *Machine) judge(now Time, a attempt, e Event) {
+	r := a.replica
 	was := r.refused
 	slots := r.slots
 	switch e.Outcome {
@@ -38,6 +43,10 @@ func (m *Machine) judge(now Time, r *replica, e Event) {
 		r.slots = min(r.slots+1, m.cfg.PerReplica)
 	case Lost:
 		m.pause(now, r, m.cfg.Backoff, m.cfg.BackoffMax)
+	case Canceled: // by a hedge that won: it may hang, and hold up what it is given next
+		if now-a.started >= m.cfg.HedgeFloor && !r.anyone() {
+			m.pause(now, r, m.cfg.HedgeFloor, 100*m.cfg.HedgeFloor)
+		}
 	case Refused:
 		r.refused = true
 		m.pause(now, r, m.cfg.RefusedWait, 10*m.cfg.RefusedWait)
@@ -100,13 +109,14 @@ func (m *Machine) put(now Time, r *replica) {
 }
 
 // pick returns the least loaded idle replica for a block: one that it was not
-// tried on, if there is one. With other set it must not be the last one.
+// tried on, if there is one. With other set it must not be the last one,
+// unless that stands for any.
 func (m *Machine) pick(b *block, other bool) *replica {
 	var aside []*replica
 	var found *replica
 	for len(m.idle) > 0 {
 		r := m.idle[0]
-		if r != b.last && !slices.Contains(b.lost, r) {
+		if r.anyone() || r != b.last && !slices.Contains(b.lost, r) {
 			found = r
 			break
 		}

@@ -176,7 +176,7 @@ type Machine struct {
 	order    []int // attempts by start; ended ones are swept out now and then
 	orphans  []waiting
 	next     int // the last attempt's id
-	hedges   int
+	hedges   int // that run, or were for nothing
 
 	replicas map[string]*replica
 	idle     []*replica // may be given work: a heap, the least loaded first
@@ -207,6 +207,7 @@ type attempt struct {
 	block   int
 	replica *replica
 	started Time
+	hedge   bool // of a straggler
 }
 
 type waiting struct {
@@ -319,7 +320,7 @@ func (m *Machine) end(now Time, e Event) {
 	delete(m.attempts, e.Attempt)
 	r := a.replica
 	r.running--
-	m.judge(now, r, e)
+	m.judge(now, a, e)
 	if r.gone && r.running == 0 && m.replicas[r.id] == r {
 		delete(m.replicas, r.id)
 	}
@@ -336,6 +337,9 @@ func (m *Machine) end(now Time, e Event) {
 	switch e.Outcome {
 	case OK:
 		m.took.add(now - a.started)
+		if a.hedge {
+			m.hedges-- // it was needed
+		}
 		m.emit(Command{Kind: Emit, Attempt: e.Attempt, Block: a.block, Number: b.number, Replica: r.id})
 		m.settle(a.block)
 		return
@@ -534,15 +538,18 @@ func (m *Machine) hedge(now Time) {
 		}
 		if m.next > before {
 			m.hedges++
+			a := m.attempts[m.next]
+			a.hedge = true
+			m.attempts[m.next] = a
 		}
 	}
 }
 
 // straggler returns the oldest attempt that may get a hedge, and when; 0 when
-// there is none.
+// there is none. There is one only when no block waits for a replica: at the
+// end of the input, or when the window is full behind a block that hangs.
 func (m *Machine) straggler() (int, Time) {
-	if !m.ended || m.waits() || 2*m.settled < m.read || m.took.n == 0 || m.cfg.NoHedge ||
-		m.hedges >= max(1, m.read/10) {
+	if m.waits() || 2*m.settled < m.read || m.took.n == 0 || m.cfg.NoHedge || m.hedges >= max(2, m.read/10) {
 		return 0, Never
 	}
 	for len(m.order) > 0 {

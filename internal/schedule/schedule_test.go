@@ -138,7 +138,7 @@ func TestLeastLoadedFirst(t *testing.T) {
 	s.ended(1*ms, 5, schedule.OK) // b
 	s.ended(1*ms, 2, schedule.OK) // b
 	s.ended(1*ms, 4, schedule.OK) // a
-	s.want("the one with least to do", s.block(1*ms), "start 7: block 6 on b")
+	s.want("the one with least to do", s.block(1*ms), "start 7: block 6 on b; no timer")
 	s.want("then the one not used for longest", s.block(1*ms), "start 8: block 7 on a")
 }
 
@@ -196,7 +196,7 @@ func TestGiveUp(t *testing.T) {
 			s := tell(t, schedule.Config{Limit: 1, Tolerate: 1, NoHedge: true})
 			words := append(s.view(0, test.replicas), s.block(0)...)
 			attempts := 0
-			for step := 0; step < 400; step++ {
+			for range 400 {
 				at := s.now
 				for _, w := range words {
 					if _, err := fmt.Sscanf(w, "start %d:", &attempts); err == nil {
@@ -247,13 +247,13 @@ func TestTriesReplicasInTurn(t *testing.T) {
 	}
 	t.Run("not the last one", func(t *testing.T) {
 		s := begin(t)
-		s.want("timed out on a", s.ended(time.Second, 1, schedule.TimedOut), "start 4: block 0 on b")
+		s.want("timed out on a", s.ended(time.Second, 1, schedule.TimedOut), "start 4: block 0 on b; timer 1.2s")
 		s.want("it is a's turn now", s.block(time.Second), "start 5: block 3 on a")
 	})
 	t.Run("none that was lost", func(t *testing.T) {
 		s := begin(t)
-		s.want("lost on a", s.ended(0, 1, schedule.Lost), "start 4: block 0 on b")
-		s.want("timed out on b", s.ended(time.Second, 4, schedule.TimedOut), "start 5: block 0 on c")
+		s.want("lost on a", s.ended(0, 1, schedule.Lost), "start 4: block 0 on b; timer 20ms")
+		s.want("timed out on b", s.ended(time.Second, 4, schedule.TimedOut), "start 5: block 0 on c; timer 1.2s")
 	})
 }
 
@@ -412,7 +412,7 @@ func nearEnd(t *testing.T, cfg schedule.Config) *story {
 func TestHedge(t *testing.T) {
 	t.Run("of a straggler", func(t *testing.T) {
 		s := nearEnd(t, schedule.Config{})
-		s.want("the input ends", s.inputEnd(time.Second), "timer 1.2s")
+		s.inputEnd(time.Second)
 		s.want("too early", s.tick(1199*ms), "")
 		s.want("in time", s.tick(1200*ms), "start 11: block 9 on a; no timer")
 		s.want("one hedge only", s.tick(time.Minute), "")
@@ -433,9 +433,34 @@ func TestHedge(t *testing.T) {
 			t.Errorf("%d attempts are started when both broke, want 1", n)
 		}
 	})
-	t.Run("not before the input ends", func(t *testing.T) {
+	t.Run("before the input ends, too", func(t *testing.T) {
 		s := nearEnd(t, schedule.Config{})
-		s.want("much later", s.tick(time.Minute), "")
+		s.want("in time", s.tick(1200*ms), "start 11: block 9 on a; no timer")
+	})
+	t.Run("of a block that holds up all others", func(t *testing.T) {
+		s := tell(t, schedule.Config{PerReplica: 1, Limit: 2, Window: 4})
+		s.view(0, "a b")
+		s.block(0) // hangs on a
+		for i := range 3 {
+			s.block(time.Duration(i) * ms)
+			s.ended(time.Duration(i+1)*ms, i+2, schedule.OK)
+		}
+		s.want("the window is full", s.tick(200*ms), "start 5: block 0 on b; no timer")
+		s.want("the hedge wins", s.ended(201*ms, 5, schedule.OK), "emit 0; cancel 1; read 2")
+		s.want("a has hung", s.ended(201*ms, 1, schedule.Canceled), "")
+		s.want("b is given work", s.block(202*ms), "start 6: block 4 on b; timer 401ms")
+		s.want("a is not", s.block(202*ms), "")
+		s.want("until later", s.tick(401*ms), "start 7: block 5 on a; timer 402ms")
+	})
+	t.Run("where the route picks the replica", func(t *testing.T) {
+		s := tell(t, schedule.Config{PerReplica: 4})
+		s.step(0, schedule.Event{Kind: schedule.ViewChanged, Replicas: []string{""}})
+		s.block(0)
+		s.block(0)
+		s.ended(ms, 1, schedule.OK)
+		if n := starts(s.tick(200 * ms)); n != 1 {
+			t.Errorf("%d hedges, want 1", n)
+		}
 	})
 	t.Run("not while blocks wait", func(t *testing.T) {
 		s := nearEnd(t, schedule.Config{})
@@ -492,33 +517,38 @@ func TestHedge(t *testing.T) {
 			t.Errorf("hedge at %v: %v", at, words)
 		}
 	})
-	t.Run("a tenth of the blocks at most", func(t *testing.T) {
+	// hanging is a scatter of 40 blocks of which the last 6 hang, and ticks it
+	// ten times; each time the hedges that began end as outcome says.
+	hanging := func(t *testing.T, hedges schedule.Outcome) (n int) {
 		s := tell(t, schedule.Config{PerReplica: 1, Limit: 100})
-		s.view(0, "a b c d e f g h")
+		s.view(0, "a b c d e f g h i j k l m n o p")
 		for range 40 {
 			s.block(0)
 		}
 		s.inputEnd(0)
-		for i := range 34 { // attempts 35 to 40 hang
+		for i := range 34 {
 			s.ended(10*ms, i+1, schedule.OK)
 		}
-		n := 0
-		words := s.tick(time.Second)
-		for at := 1; at < 10; at++ {
+		for range 10 {
+			words := s.tick(s.now + time.Second)
 			n += starts(words)
-			var ended []string
 			for _, w := range words {
 				var id int
-				if _, err := fmt.Sscanf(w, "start %d:", &id); err == nil {
-					ended = append(ended, s.ended(s.now, id, schedule.OK)...)
-				} else if _, err := fmt.Sscanf(w, "cancel %d", &id); err == nil {
-					ended = append(ended, s.ended(s.now, id, schedule.Canceled)...)
+				if _, err := fmt.Sscanf(w, "start %d:", &id); err == nil && hedges != 0 {
+					n += starts(s.ended(s.now, id, hedges))
 				}
 			}
-			words = append(ended, s.tick(s.now+time.Second)...)
 		}
-		if n != 4 {
+		return n
+	}
+	t.Run("a tenth of the blocks at most", func(t *testing.T) {
+		if n := hanging(t, 0); n != 4 {
 			t.Errorf("%d hedges for 40 blocks, want 4", n)
+		}
+	})
+	t.Run("but those that were needed do not count", func(t *testing.T) {
+		if n := hanging(t, schedule.OK); n < 6 {
+			t.Errorf("%d hedges for 6 blocks that hang, want all of them", n)
 		}
 	})
 	t.Run("of a replica that left", func(t *testing.T) {

@@ -20,6 +20,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -52,8 +53,8 @@ type Server struct {
 
 // Env reads a Server from a function's environment: port (8080) or
 // sheaf_listen (host:port), max_inflight, healthcheck_interval (2s; the
-// Linger), write_timeout (the Grace), OPENFAAS_NAME or sheaf_function, and
-// sheaf_replica or HOSTNAME. The error names the variable, its value and what
+// Linger), write_timeout (the Grace), OPENFAAS_NAME or sheaf_function,
+// sheaf_replica or HOSTNAME, and sheaf_version (that of the build). The error names the variable, its value and what
 // was expected.
 func Env(getenv func(string) string) (*Server, error) {
 	v := Vars{Getenv: getenv}
@@ -61,6 +62,7 @@ func Env(getenv func(string) string) (*Server, error) {
 		Addr:        ":" + strconv.Itoa(v.Int("port", 8080, 1, 65535)),
 		Function:    v.String("sheaf_function", v.String("OPENFAAS_NAME", "")),
 		Replica:     v.String("sheaf_replica", v.String("HOSTNAME", "")),
+		Version:     v.String("sheaf_version", built()),
 		MaxInflight: v.Int("max_inflight", 0, 0, 1<<20),
 		Linger:      v.Duration("healthcheck_interval", 2*time.Second),
 		Grace:       v.Duration("write_timeout", 30*time.Second),
@@ -70,6 +72,14 @@ func Env(getenv func(string) string) (*Server, error) {
 		v.fail("sheaf_listen", s.Addr, "host:port, such as 127.0.0.1:8080")
 	}
 	return s, v.Err
+}
+
+// built is the version that the Go tool wrote into the binary.
+func built() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
+	}
+	return ""
 }
 
 // Vars reads variables of an environment and keeps the first error.
