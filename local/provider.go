@@ -4,9 +4,9 @@
 // each with an address of its own.
 //
 // It is for development, tests and the first five minutes. It listens on
-// loopback only, needs no docker and no account, and leaves nothing running.
-// What OpenFaaS's providers do not tell, it tells: where replicas are
-// (GET /system/replicas).
+// loopback only, needs no docker and no account, and leaves nothing running but
+// what a function moved out of its process group. What OpenFaaS's providers do
+// not tell, it tells: where replicas are (GET /system/replicas).
 package local
 
 import (

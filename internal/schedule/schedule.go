@@ -9,15 +9,16 @@
 // package's tests drives through ten thousand seeded disasters. The form is
 // that of etcd's raft library: input and output are left to the user.
 //
-// Rules, each with the fault it answers (DESIGN.md has the reasons):
+// Rules:
 //
 //   - Work goes to the first ready replica at once, then to the least loaded.
 //   - A task failure counts against the block; a lost connection does not, but
 //     a block over which several distinct replicas were lost is poison.
 //   - A replica that refuses is left out, one that throttles is waited for, one
 //     that keeps failing is given pauses that grow.
-//   - Near the end an attempt that is much older than the median gets a hedge
-//     on another replica; so does one whose replica left the view.
+//   - When no block waits for a replica, an attempt that is much older than the
+//     median gets a hedge on another one; so does an attempt whose replica left
+//     the view. A replica that loses to a hedge is given a pause.
 //   - A block's result is emitted once, whatever comes after it.
 package schedule
 
