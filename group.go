@@ -57,12 +57,19 @@ type Group struct {
 	// Tolerate is how many blocks may be given up before Scatter stops. In any
 	// case the iteration then ends with a [*PartialError] that names them.
 	Tolerate int
+	// TolerateShare is the same as a share of all blocks, from 0 to 1; the
+	// larger of the two counts. What it comes to is known when the last block
+	// has been read, and a scatter is not stopped before for too many.
+	TolerateShare float64
 	// Verified refuses answers that no digest proves whole, as of functions that
 	// know nothing of sheaf.
 	Verified bool
 	// NoHedge forbids second attempts at stragglers, for handlers that are too
 	// dear to run twice. They may still run twice after a fault.
 	NoHedge bool
+	// Turns, when it is not nil, is shared with the groups of other jobs, which
+	// then take turns on the replicas that they have in common.
+	Turns *Turns
 }
 
 func (g *Group) withDefaults() (Group, error) {
@@ -86,6 +93,9 @@ func (g *Group) withDefaults() (Group, error) {
 	}
 	if c.ReplicaWait <= 0 {
 		c.ReplicaWait = DefaultReplicaWait
+	}
+	if !(c.TolerateShare >= 0 && c.TolerateShare <= 1) {
+		return Group{}, fmt.Errorf("tolerated share %v of the blocks must be from 0 to 1", c.TolerateShare)
 	}
 	if c.Job == "" {
 		c.Job = NewJob()
@@ -303,8 +313,15 @@ func (g *Group) ask(ctx context.Context, view View, rank int, body []byte) (Resu
 	}
 }
 
-// call makes one attempt, within Timeout.
+// call makes one attempt, within Timeout once its turn has come.
 func (g *Group) call(ctx context.Context, req *Request) (*Reply, error) {
+	if g.Turns != nil {
+		done, err := g.Turns.take(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		defer done()
+	}
 	req.Deadline = time.Now().Add(g.Timeout)
 	ctx, cancel := context.WithDeadline(ctx, req.Deadline)
 	defer cancel()

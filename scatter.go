@@ -22,7 +22,7 @@ import (
 // replica; nobody waits for the others.
 //
 // Each block yields one Result. Blocks whose attempts broke are sent again,
-// elsewhere. When more than Tolerate blocks have to be given up, or when some
+// elsewhere. When more blocks have to be given up than is tolerated, or when some
 // were given up by the end, the last thing yielded is a [*PartialError] that
 // names them. Any other error ends the iteration, too: an error of blocks,
 // ErrNoReplica, ErrNoFunction, or the cause of ctx's end.
@@ -114,7 +114,8 @@ func newScatter(ctx context.Context, g *Group) *scatter {
 	s.timer.Stop()
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	cfg := schedule.Config{
-		Limit: g.Limit, PerReplica: g.PerReplica, Attempts: g.Attempts, Tolerate: g.Tolerate,
+		Limit: g.Limit, PerReplica: g.PerReplica, Attempts: g.Attempts,
+		Tolerate: g.Tolerate, TolerateShare: g.TolerateShare,
 		ReplicaWait: g.ReplicaWait, NoHedge: g.NoHedge,
 	}
 	if g.Resolver == nil {

@@ -33,6 +33,7 @@ import (
 //	job_memory       bytes of blocks held for one job
 //	read_timeout     how long an upload may stall
 //	replica_wait     how long blocks wait while no replica is ready
+//	replica_inflight requests in flight on one replica, over all jobs; 8
 func Main(job Job) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
 		return build(job, getenv)
@@ -63,6 +64,7 @@ func build(job Job, getenv func(string) string) (*serve.Server, func(), error) {
 		Patience:   v.Duration("read_timeout", DefaultPatience),
 
 		ReplicaWait: v.Duration("replica_wait", sheaf.DefaultReplicaWait),
+		Turns:       &sheaf.Turns{PerReplica: v.Int("replica_inflight", sheaf.DefaultTurnsPerReplica, 1, 1<<20)},
 		Log:         slog.Default(),
 	}
 	s.MaxInflight = v.Int("max_jobs", 100, 1, 1<<20)

@@ -26,6 +26,7 @@ func TestBuildRefusesBadEnvironment(t *testing.T) {
 		{"read_timeout", "soon", "a duration such as 30s"},
 		{"read_timeout", "-1s", "a duration"},
 		{"replica_wait", "5 minutes", "a duration"},
+		{"replica_inflight", "0", "from 1"},
 		{"port", "70000", "from 1 to 65535"},
 		{"max_inflight", "abc", "a whole number"},
 		{"write_timeout", "x", "a duration"},
@@ -74,7 +75,7 @@ func TestBuild(t *testing.T) {
 	}
 	s, stop, err = build(Job{}, env(map[string]string{
 		"nats_url": away, "OPENFAAS_NAME": "boss", "worker_function": "count.dev", "max_input": "10", "max_block": "9",
-		"max_blocks": "8", "max_workers": "7", "max_jobs": "6", "job_memory": "5", "read_timeout": "4", "replica_wait": "3s",
+		"max_blocks": "8", "max_workers": "7", "max_jobs": "6", "job_memory": "5", "read_timeout": "4", "replica_wait": "3s", "replica_inflight": "2",
 		"gateway_url": "https://gateway/",
 	}))
 	if err != nil {
@@ -83,7 +84,7 @@ func TestBuild(t *testing.T) {
 	stop()
 	h = s.Handler.(*Handler)
 	if h.Self != "boss" || h.Function != "count.dev" || h.MaxInput != 10 || h.MaxBlock != 9 || h.MaxBlocks != 8 ||
-		h.MaxWorkers != 7 || h.Memory != 5 || h.Patience != 4*time.Second || h.ReplicaWait != 3*time.Second || s.MaxInflight != 6 {
+		h.MaxWorkers != 7 || h.Memory != 5 || h.Patience != 4*time.Second || h.ReplicaWait != 3*time.Second || h.Turns.PerReplica != 2 || s.MaxInflight != 6 {
 		t.Errorf("read %+v", h)
 	}
 }

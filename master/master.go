@@ -84,7 +84,10 @@ type Handler struct {
 	// ReplicaWait is how long blocks may wait while no replica is ready; 0
 	// means 30 seconds.
 	ReplicaWait time.Duration
-	Log         *slog.Logger // nil means slog.Default
+	// Turns bounds what is in flight on a replica over all jobs, which take
+	// turns; nil means no bound but each job's own.
+	Turns *sheaf.Turns
+	Log   *slog.Logger // nil means slog.Default
 }
 
 var _ http.Handler = (*Handler)(nil)

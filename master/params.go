@@ -287,7 +287,7 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 		Function: function, Route: h.Direct, Resolver: h.Resolver, Job: sheaf.NewJob(),
 		Limit:      min(max(h.Memory/j.split.Size, 4), 256),
 		LimitBytes: int64(max(h.Memory, 4*j.split.Size)),
-		Verified:   verify == "require", ReplicaWait: h.ReplicaWait,
+		Verified:   verify == "require", ReplicaWait: h.ReplicaWait, Turns: h.Turns,
 	}
 	if route == "gateway" {
 		if h.Gateway == nil {

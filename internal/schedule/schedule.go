@@ -35,19 +35,22 @@ const Never Time = -1
 
 // Config holds the limits of one scatter. A zero field takes its default.
 type Config struct {
-	Limit       int  // blocks held at once; 0 means 64
-	PerReplica  int  // attempts in flight on one replica; 0 means 2
-	Window      int  // how far blocks may run ahead of the oldest unsettled one; 0 means 4 × Limit
-	Attempts    int  // task failures after which a block is given up; 0 means 3
-	Losses      int  // distinct replicas lost after which a block is poison; 0 means 3
-	Faults      int  // infrastructure failures after which a block is given up; 0 means 16
-	Tolerate    int  // blocks that may be given up before the scatter fails
-	HedgeFloor  Time // an attempt younger than this gets no hedge; 0 means 200 ms
-	NoHedge     bool // no hedges at all
-	Backoff     Time // first pause after a failure; doubles up to BackoffMax; 0 means 20 ms
-	BackoffMax  Time // 0 means 2 s
-	RefusedWait Time // first pause of a replica that refused; doubles up to 10 × that; 0 means 1 s
-	ReplicaWait Time // how long to wait for a replica before failing; 0 means 30 s
+	Limit      int // blocks held at once; 0 means 64
+	PerReplica int // attempts in flight on one replica; 0 means 2
+	Window     int // how far blocks may run ahead of the oldest unsettled one; 0 means 4 × Limit
+	Attempts   int // task failures after which a block is given up; 0 means 3
+	Losses     int // distinct replicas lost after which a block is poison; 0 means 3
+	Faults     int // infrastructure failures after which a block is given up; 0 means 16
+	Tolerate   int // blocks that may be given up before the scatter fails
+	// TolerateShare is the same as a share of all blocks, from 0 to 1; the larger
+	// of the two counts. It is known at the input's end.
+	TolerateShare float64
+	HedgeFloor    Time // an attempt younger than this gets no hedge; 0 means 200 ms
+	NoHedge       bool // no hedges at all
+	Backoff       Time // first pause after a failure; doubles up to BackoffMax; 0 means 20 ms
+	BackoffMax    Time // 0 means 2 s
+	RefusedWait   Time // first pause of a replica that refused; doubles up to 10 × that; 0 means 1 s
+	ReplicaWait   Time // how long to wait for a replica before failing; 0 means 30 s
 }
 
 func (c Config) withDefaults() Config {
@@ -247,6 +250,7 @@ func (m *Machine) Step(now Time, e Event) []Command {
 		m.credit = max(0, m.credit-1)
 	case InputEnd:
 		m.ended = true
+		m.tolerate()
 	case ViewChanged:
 		m.view(now, e.Replicas)
 	case Ended:
@@ -411,7 +415,15 @@ func (m *Machine) giveUp(i int, why Reason) {
 	m.emit(Command{Kind: GiveUp, Block: i, Number: m.block(i).number, Reason: why})
 	m.settle(i)
 	m.gaveUp++
-	if m.gaveUp > m.cfg.Tolerate {
+	m.tolerate()
+}
+
+// tolerate fails the scatter when more blocks were given up than may be.
+func (m *Machine) tolerate() {
+	if m.cfg.TolerateShare > 0 && !m.ended {
+		return // it may be a small share of what is yet to come
+	}
+	if m.gaveUp > max(m.cfg.Tolerate, int(m.cfg.TolerateShare*float64(m.read)+1e-9)) {
 		m.fail(Intolerable)
 	}
 }

@@ -51,7 +51,7 @@ func TestSimulation(t *testing.T) {
 	// A simulation that never meets a fault shows nothing.
 	if *numSeeds >= 1000 {
 		for _, k := range []string{"crash", "refuse", "truncate", "delay", "duplicate", "late", "join", "leave",
-			"throttle", "poison", "reject", "fail", "timeout", "hedge", "emit", "give up", "done", "failed"} {
+			"throttle", "poison", "reject", "fail", "timeout", "hedge", "emit", "give up", "done", "failed", "share failed"} {
 			if seen[k] == 0 {
 				t.Errorf("%d seeds never met %q", *numSeeds, k)
 			}
@@ -166,6 +166,9 @@ func newWorld(seed uint64, trace io.Writer) *world {
 	w.cfg = schedule.Config{
 		Limit: 1 + rnd.IntN(40), PerReplica: 1 + rnd.IntN(4), Tolerate: max(0, rnd.IntN(6)-3),
 		Attempts: 3, Losses: 3, Faults: 16, ReplicaWait: 30 * time.Second,
+	}
+	if rnd.IntN(4) == 0 {
+		w.cfg.TolerateShare = rnd.Float64() / 10
 	}
 	w.m = schedule.New(w.cfg)
 	w.blocks = make([]simBlock, rnd.IntN(80))
@@ -525,6 +528,11 @@ func (w *world) end(id int, o schedule.Outcome, wait time.Duration) {
 	w.step(schedule.Event{Kind: schedule.Ended, Attempt: id, Outcome: o, RetryAfter: wait})
 }
 
+// tolerated is how many blocks may be given up.
+func (w *world) tolerated() int {
+	return max(w.cfg.Tolerate, int(w.cfg.TolerateShare*float64(len(w.blocks))+1e-9))
+}
+
 // judge checks the end: done means every block once, failed means for a cause.
 func (w *world) judge() {
 	emitted, gone := 0, 0
@@ -542,13 +550,19 @@ func (w *world) judge() {
 	switch {
 	case w.outcome == schedule.Done:
 		w.seen["done"]++
-		if emitted+gone != len(w.blocks) || gone > w.cfg.Tolerate {
-			w.fail("done with %d results and %d given up of %d, tolerated %d", emitted, gone, len(w.blocks), w.cfg.Tolerate)
+		if emitted+gone != len(w.blocks) || gone > w.tolerated() {
+			w.fail("done with %d results and %d given up of %d, tolerated %d", emitted, gone, len(w.blocks), w.tolerated())
 		}
 	case w.reason == schedule.Intolerable:
 		w.seen["failed"]++
-		if gone <= w.cfg.Tolerate {
-			w.fail("failed with %d given up, tolerated %d", gone, w.cfg.Tolerate)
+		if gone <= w.tolerated() {
+			w.fail("failed with %d given up, tolerated %d", gone, w.tolerated())
+		}
+		if w.cfg.TolerateShare > 0 {
+			w.seen["share failed"]++
+			if w.read <= len(w.blocks) { // the end was not read: nobody knows how many there are
+				w.fail("failed for a share before the input's end")
+			}
 		}
 	case w.reason == schedule.NoReplica:
 		w.fail("failed for want of a replica, and there were always some within 30 s")
