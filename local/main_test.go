@@ -123,6 +123,10 @@ func web(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	switch r.URL.Path {
 	case "/_/ready":
+	case "/_/health":
+		if status, err := strconv.Atoi(os.Getenv("health")); err == nil {
+			w.WriteHeader(status)
+		}
 	case "/log":
 		for l := range strings.SplitSeq(r.FormValue("lines"), ",") {
 			fmt.Println(l)

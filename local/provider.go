@@ -50,6 +50,12 @@ type Provider struct {
 	// NewProvider sets it to 10 seconds. It must not change after the first
 	// Deploy.
 	DrainTime time.Duration
+	// Liveness is how often a ready replica is asked whether it lives, by GET
+	// /_/health, and how long it has to answer. One that has said 200 there,
+	// and then gives no answer three times in a row, hangs: it is killed, and
+	// another one started. NewProvider sets it to 5 seconds. It must not change
+	// after the first Deploy.
+	Liveness time.Duration
 	// Env is what a replica finds in its environment when its deployment says
 	// nothing else. It must not change after the first Deploy.
 	Env map[string]string
@@ -98,10 +104,11 @@ func NewProvider(command func(image string) (argv []string, err error), log *slo
 	}
 	p := &Provider{
 		DrainTime: drainTimeout,
+		Liveness:  livenessInterval,
 		command:   command, log: log, ctx: ctx, cancel: cancel,
 		spawn:     newSpawner(),
 		guard:     newGuard(log),
-		probe:     &http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}},
+		probe:     &http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
 		functions: make(map[string]*function),
 		ports:     make(map[string]bool),
 		changed:   make(chan struct{}),

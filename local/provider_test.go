@@ -160,6 +160,35 @@ func TestKilledReplicaIsReplaced(t *testing.T) {
 	}
 }
 
+// A replica that hangs is killed and replaced; one that has never said that it
+// lives is not.
+func TestHungReplicaIsReplaced(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.Liveness = 300 * time.Millisecond
+	m.deploy("web", "web", 1)
+	plain := deployment("plain", "web")
+	plain.EnvVars = map[string]string{"health": "404"}
+	if bad := m.Deploy(plain, true); bad != nil {
+		t.Fatal(bad)
+	}
+	m.ready("plain", 1)
+	hung, busy := m.see("web"), m.see("plain")
+	time.Sleep(5 * m.Liveness) // they have been asked
+	for _, pid := range []int{busy.PID, hung.PID} {
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, 20*time.Second, "the replacement", func() bool { return m.ready("web", 1)[0].ID != hung.Replica })
+	if log := strings.Join(m.lines("name=web"), "\n"); !strings.Contains(log, "replica hangs: 3 times no answer") {
+		t.Errorf("the log does not say that the replica hung:\n%s", log)
+	}
+	if now := m.ready("plain", 1)[0]; now.ID != busy.Replica {
+		t.Errorf("%s, which never said that it lives, was replaced", busy.Replica)
+	}
+}
+
 // A function that dies young is not started in a busy loop.
 func TestBackOff(t *testing.T) {
 	for _, c := range []struct {

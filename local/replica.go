@@ -36,6 +36,10 @@ const (
 	startTimeout = 30 * time.Second // for a new process to answer
 	drainTimeout = 10 * time.Second // from the order to end to SIGKILL
 	pipeTimeout  = time.Second      // for the last lines of one that has ended
+
+	readyTimeout     = time.Second // for one answer of a process that starts
+	livenessInterval = 5 * time.Second
+	livenessMisses   = 3 // in a row, after which a replica hangs
 )
 
 var errEnded = errors.New("told to end")
@@ -88,10 +92,12 @@ func (p *Provider) process(f *function, r *replica) error {
 	p.touch(f)
 	p.mu.Unlock()
 
-	ctx, cancel := context.WithTimeout(p.ctx, startTimeout)
+	ctx, cancel := context.WithCancel(p.ctx)
+	var probes sync.WaitGroup
+	defer probes.Wait()
 	defer cancel()
-	answered := make(chan error, 1)
-	go func() { answered <- p.answers(ctx, addr) }()
+	answered, hangs := make(chan error, 1), make(chan struct{}, 1)
+	probes.Go(func() { answered <- p.answers(ctx, addr) })
 	end := r.end
 	var quiet <-chan struct{}
 	var patience, deadline <-chan time.Time
@@ -115,6 +121,14 @@ func (p *Provider) process(f *function, r *replica) error {
 				p.reconcile(f)
 			}
 			p.mu.Unlock()
+			probes.Go(func() {
+				if p.hangs(ctx, addr) {
+					hangs <- struct{}{}
+				}
+			})
+		case <-hangs:
+			f.logs.add(r.Function, r.ID, fmt.Sprintf("replica hangs: %d times no answer at %s within %v; it is killed, and another one started", livenessMisses, addr, p.Liveness))
+			ps.kill()
 		case <-end:
 			// A call may be on its way to the replica, which would refuse it, or
 			// cut it, once it is told to end: calls through the front end first.
@@ -128,42 +142,63 @@ func (p *Provider) process(f *function, r *replica) error {
 			ps.kill()
 		case <-p.ctx.Done():
 			ps.kill()
-			return <-finish(exited, answered, cancel)
+			return <-exited
 		case err := <-exited:
-			cancel()
-			if answered != nil {
-				<-answered
-			}
 			return err
 		}
 	}
 }
 
-// finish waits for both goroutines of a replica.
-func finish(exited, answered chan error, cancel func()) chan error {
-	cancel()
-	if answered != nil {
-		<-answered
+// ask gets a path of the function at addr, and returns the answer's status.
+func (p *Provider) ask(ctx context.Context, addr, path string, within time.Duration) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+path, nil)
+	if err != nil {
+		return 0, err
 	}
-	return exited
+	resp, err := p.probe.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 4096)) // only its status matters
+	return resp.StatusCode, resp.Body.Close()
+}
+
+// hangs returns true when the function at addr has stopped to answer, and false
+// at ctx's end. Whoever never said 200 at /_/health may be busy with a call, one
+// at a time, and is left alone.
+func (p *Provider) hangs(ctx context.Context, addr string) bool {
+	tick := time.NewTicker(p.Liveness)
+	defer tick.Stop()
+	lives := false
+	for misses := 0; misses < livenessMisses; {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+		switch status, err := p.ask(ctx, addr, "/_/health", p.Liveness); {
+		case err == nil:
+			lives = lives || status == http.StatusOK
+			misses = 0
+		case lives && errors.Is(err, context.DeadlineExceeded):
+			misses++
+		}
+	}
+	return ctx.Err() == nil
 }
 
 // answers returns once the function at addr is ready: /_/ready says 200, or it
 // is a plain HTTP function that answers anything but "not yet".
 func (p *Provider) answers(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
 	pause := time.Millisecond
 	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/_/ready", nil)
-		if err != nil {
-			return err
-		}
-		resp, err := p.probe.Do(req)
-		if err == nil {
-			_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 4096)) // only its status matters
-			resp.Body.Close()
-			if resp.StatusCode != http.StatusServiceUnavailable && resp.StatusCode != http.StatusTooManyRequests {
-				return nil
-			}
+		status, err := p.ask(ctx, addr, "/_/ready", readyTimeout)
+		if err == nil && status != http.StatusServiceUnavailable && status != http.StatusTooManyRequests {
+			return nil
 		}
 		select {
 		case <-ctx.Done():
