@@ -46,8 +46,8 @@ type Retry struct {
 
 // AsyncConfig says how asynchronous calls are stored, run and told.
 type AsyncConfig struct {
-	// Parallel is how many calls run at once, and how many callbacks; 0 means
-	// 16.
+	// Parallel is how many calls of one function run at once, whatever the
+	// others do, and how many callbacks of all; 0 means 16.
 	Parallel int
 	// BodyLimit is the longest body of a call that is stored, and ResultLimit
 	// the longest answer, in bytes; 0 means 4 MiB, which is also the most.
@@ -110,6 +110,12 @@ func orElse[T int | int64 | time.Duration](v *T, zero T) {
 	if *v == 0 {
 		*v = zero
 	}
+}
+
+// Validate says what in the config cannot be.
+func (c AsyncConfig) Validate() error {
+	_, err := c.filled()
+	return err
 }
 
 // filled returns the config with what zero means, or why it cannot be.
@@ -333,6 +339,7 @@ type asyncQueue struct {
 
 	mu      sync.Mutex                         // guards all below
 	running map[string]context.CancelCauseFunc // by key
+	lanes   map[string]bool                    // consumers that are worked for
 	checked time.Time                          // when full was found out
 	full    bool                               // there are too many records
 }
@@ -355,7 +362,7 @@ func newAsync(cfg AsyncConfig, front *Front, nc *nats.Conn, log *slog.Logger, fa
 		return nil, fmt.Errorf("async: %w", err)
 	}
 	a := &asyncQueue{cfg: cfg, front: front, nc: nc, js: js, log: log, begun: time.Now(),
-		accepting: make(chan struct{}, 64), ready: make(chan struct{}), running: make(map[string]context.CancelCauseFunc)}
+		accepting: make(chan struct{}, 64), ready: make(chan struct{}), running: make(map[string]context.CancelCauseFunc), lanes: make(map[string]bool)}
 	a.allow, _ = newAllowList(cfg.CallbackAllow) // filled has tried it
 	a.client = a.callbackClient()
 	a.ctx, a.stop = context.WithCancel(context.Background())
@@ -383,7 +390,9 @@ func newAsync(cfg AsyncConfig, front *Front, nc *nats.Conn, log *slog.Logger, fa
 // Close lets running calls finish for AsyncConfig.StopWait, and hands the rest back
 // to the queue.
 func (a *asyncQueue) Close() {
-	a.stop()
+	a.mu.Lock()
+	a.stop() // under the mutex: from here on, no lane begins
+	a.mu.Unlock()
 	late := time.AfterFunc(a.cfg.StopWait, func() { a.kill(errStopping) })
 	a.wg.Wait()
 	late.Stop()
@@ -406,18 +415,76 @@ func (a *asyncQueue) run() error {
 	if err != nil {
 		return err
 	}
+	if err := a.revive(setup); err != nil {
+		return err
+	}
 	close(a.ready)
-	for stream, handle := range map[jetstream.Stream]func(jetstream.Msg) (time.Duration, bool){a.calls: a.call, callbacks: a.callback} {
-		// A call that waits for its next attempt counts as pending: the limit
-		// must not keep others from running.
-		cons, err := stream.CreateOrUpdateConsumer(setup, jetstream.ConsumerConfig{Durable: "sheaf", AckPolicy: jetstream.AckExplicitPolicy,
-			AckWait: a.cfg.Lease, MaxDeliver: -1, MaxAckPending: 2 * maxAsyncCalls})
-		if err != nil {
-			return fmt.Errorf("consumer of %s: %w", stream.CachedInfo().Config.Name, err)
+	return a.work(setup, callbacks, "sheaf", callbackSubject+">", a.callback)
+}
+
+// revive makes lanes for the calls that an earlier stack has left.
+func (a *asyncQueue) revive(ctx context.Context) error {
+	info, err := a.calls.Info(ctx, jetstream.WithSubjectFilter(callSubject+">"))
+	if err != nil {
+		return err
+	}
+	left := map[string]bool{}
+	for subject := range info.State.Subjects {
+		key, _ := generation(subject, callSubject)
+		left[key[strings.IndexByte(key, '.')+1:]] = true
+	}
+	consumers := a.calls.ConsumerNames(ctx)
+	for name := range consumers.Name() {
+		if function, is := strings.CutPrefix(name, lanePrefix); !is || !left[function] {
+			if err := a.calls.DeleteConsumer(ctx, name); err != nil {
+				return fmt.Errorf("consumer %s: %w", name, err)
+			}
 		}
-		for range a.cfg.Parallel {
-			a.wg.Go(func() { a.pull(cons, handle) })
+	}
+	if err := consumers.Err(); err != nil {
+		return err
+	}
+	for function := range left {
+		if err := a.lane(ctx, function); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// lanePrefix begins the name of the consumer of a function's calls.
+const lanePrefix = "call-"
+
+// lane makes sure that a function's calls are made. Each function has a
+// consumer and places of its own: one that is slow keeps no other waiting.
+func (a *asyncQueue) lane(ctx context.Context, function string) error {
+	a.mu.Lock()
+	has := a.lanes[lanePrefix+function]
+	a.mu.Unlock()
+	if has {
+		return nil
+	}
+	return a.work(ctx, a.calls, lanePrefix+function, callSubject+"*."+function+".*", a.call)
+}
+
+// work handles the messages of a stream that the filter names, by the consumer
+// of that name, until Close.
+func (a *asyncQueue) work(ctx context.Context, stream jetstream.Stream, name, filter string, handle func(jetstream.Msg) (time.Duration, bool)) error {
+	// A call that waits for its next attempt counts as pending: the limit
+	// must not keep others from running.
+	cons, err := stream.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{Durable: name, FilterSubject: filter,
+		AckPolicy: jetstream.AckExplicitPolicy, AckWait: a.cfg.Lease, MaxDeliver: -1, MaxAckPending: 2 * maxAsyncCalls})
+	if err != nil {
+		return fmt.Errorf("consumer of %s: %w", stream.CachedInfo().Config.Name, err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.lanes[name] || a.ctx.Err() != nil { // what is stored waits for the next stack
+		return nil
+	}
+	a.lanes[name] = true
+	for range a.cfg.Parallel {
+		a.wg.Go(func() { a.pull(cons, handle) })
 	}
 	return nil
 }

@@ -199,6 +199,9 @@ func (a *asyncQueue) enqueue(ctx context.Context, c *asyncCall) *wire.Problem {
 	// One that was recorded earlier and is queued may not have been stored:
 	// its caller did not see 202, and sent it again.
 	c.Created = rec.Created
+	if err := a.lane(ctx, c.Function); err != nil {
+		return noStore(err)
+	}
 	err = a.store(ctx, callSubject+generationOf(key, 0), pack(c), jetstream.WithExpectLastSequencePerSubject(0),
 		jetstream.WithMsgID(generationOf(key, 0)+"."+strconv.FormatInt(rec.Created.UnixNano(), 10)))
 	if errors.Is(err, errRefused) {
@@ -394,6 +397,9 @@ func (a *asyncQueue) redrive(ctx context.Context, key string) (record, *wire.Pro
 	case m == nil || rec.State != stateQueued:
 		return rec, wire.Refuse(http.StatusConflict, "not_failed",
 			fmt.Sprintf("the call is %s, and only a failed one that is still kept can be redriven", rec.State))
+	}
+	if err := a.lane(ctx, rec.Function); err != nil {
+		return rec, noStore(err)
 	}
 	if err := a.store(ctx, callSubject+generationOf(key, rec.Redrives), m.Data, jetstream.WithExpectLastSequencePerSubject(0),
 		jetstream.WithMsgID(generationOf(key, rec.Redrives)+"."+strconv.FormatInt(rec.Created.UnixNano(), 10))); err != nil {

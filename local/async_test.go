@@ -688,6 +688,47 @@ func TestAsyncParallel(t *testing.T) {
 	}
 }
 
+// A slow function fills its own places, and nobody else's; after a restart, too.
+func TestAsyncPlacesOfAFunction(t *testing.T) {
+	t.Parallel()
+	cfg := patient()
+	cfg.Parallel, cfg.StopWait = 2, time.Millisecond
+	s := newAsyncStack(t, cfg, nil)
+	if err := s.Provider.Deploy(types.FunctionDeployment{Service: "other", Image: "async", EnvVars: map[string]string{"runs": s.runs}}, true); err != nil {
+		t.Fatal(err)
+	}
+	var slow []string
+	for range 5 {
+		slow = append(slow, s.post("?sleep=1m", ""))
+	}
+	for round := range 2 {
+		running := func() (n int) {
+			for _, id := range slow {
+				if c := s.get("GET", "/system/async/"+id); c.State == "running" {
+					n++
+				}
+			}
+			return n
+		}
+		// Those that the restart cut short count as running until their turn comes.
+		eventually(t, 20*time.Second, "two slow calls run", func() bool { return running() >= 2 })
+		for i := range 5 {
+			id := fmt.Sprintf("other-%d-%d", round, i)
+			if resp, out := s.do("POST", "/async-function/other", "", "X-Call-Id", id); resp.StatusCode != http.StatusAccepted {
+				t.Fatal(resp.Status, out)
+			}
+			s.state(id, "succeeded")
+		}
+		if round == 0 {
+			if n := running(); n != 2 {
+				t.Errorf("%d slow calls run, want 2", n)
+			}
+			s.Close()
+			s.start()
+		}
+	}
+}
+
 // A stop lets calls finish, or runs them again, as the same attempt.
 func TestAsyncStop(t *testing.T) {
 	t.Parallel()

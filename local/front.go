@@ -163,12 +163,16 @@ func reply(w http.ResponseWriter, v any) {
 }
 
 // settle answers 202, or the refusal.
-func settle(w http.ResponseWriter, p *wire.Problem) {
-	if p != nil {
-		p.Write(w)
+func settle(w http.ResponseWriter, err error) {
+	if err == nil {
+		w.WriteHeader(http.StatusAccepted)
 		return
 	}
-	w.WriteHeader(http.StatusAccepted)
+	p, ok := errors.AsType[*wire.Problem](err)
+	if !ok {
+		p = wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error())
+	}
+	p.Write(w)
 }
 
 func (f *Front) health(w http.ResponseWriter, _ *http.Request) {
@@ -197,41 +201,39 @@ func (f *Front) servedBy() string { return ProviderName + "/" + f.Version }
 // ProviderName is what /system/info calls this provider.
 const ProviderName = "sheaf-local"
 
-// body reads the JSON body of a request to the provider.
-func body(r *http.Request, v any) *wire.Problem {
+// body reads the JSON body of a request to the provider, or answers that it
+// cannot be read.
+func body(w http.ResponseWriter, r *http.Request, v any) (ok bool) {
 	data, err := io.ReadAll(io.LimitReader(r.Body, 1<<20+1))
 	if err == nil && len(data) > 1<<20 {
-		return wire.Refuse(http.StatusRequestEntityTooLarge, "options_too_large", "the request is over 1 MiB").Within(1 << 20)
+		wire.Refuse(http.StatusRequestEntityTooLarge, "options_too_large", "the request is over 1 MiB").Within(1 << 20).Write(w)
+		return false
 	}
 	if err == nil {
 		err = json.Unmarshal(data, v)
 	}
 	if err != nil {
-		return wire.Refuse(http.StatusBadRequest, "bad_json", fmt.Sprintf("the request is not the JSON that is expected here: %v", err))
+		wire.Refuse(http.StatusBadRequest, "bad_json", fmt.Sprintf("the request is not the JSON that is expected here: %v", err)).Write(w)
 	}
-	return nil
+	return err == nil
 }
 
 func (f *Front) deploy(w http.ResponseWriter, r *http.Request, create bool) {
 	var spec types.FunctionDeployment
-	p := body(r, &spec)
-	if p == nil {
-		p = f.Provider.Deploy(spec, create)
+	if body(w, r, &spec) {
+		settle(w, f.Provider.Deploy(spec, create))
 	}
-	settle(w, p)
 }
 
 func (f *Front) delete(w http.ResponseWriter, r *http.Request) {
 	var req types.DeleteFunctionRequest
-	p := body(r, &req)
 	switch {
-	case p != nil:
+	case !body(w, r, &req):
 	case req.Namespace != "" && req.Namespace != Namespace:
-		p = f.Provider.unknown(req.FunctionName + "." + req.Namespace)
+		f.Provider.unknown(req.FunctionName + "." + req.Namespace).Write(w)
 	default:
-		p = f.Provider.Delete(req.FunctionName)
+		settle(w, f.Provider.Delete(req.FunctionName))
 	}
-	settle(w, p)
 }
 
 // name is the function that the path and the query of a request to the
@@ -263,16 +265,14 @@ func (f *Front) status(w http.ResponseWriter, r *http.Request) {
 
 func (f *Front) scale(w http.ResponseWriter, r *http.Request) {
 	var req types.ScaleServiceRequest
-	p := body(r, &req)
 	name, here := name(r)
 	switch {
-	case p != nil:
+	case !body(w, r, &req):
 	case !here || req.Namespace != "" && req.Namespace != Namespace:
-		p = f.Provider.unknown(r.PathValue("name"))
+		f.Provider.unknown(r.PathValue("name")).Write(w)
 	default:
-		p = f.Provider.Scale(name, int(min(req.Replicas, MaxReplicas)))
+		settle(w, f.Provider.Scale(name, int(min(req.Replicas, MaxReplicas))))
 	}
-	settle(w, p)
 }
 
 func (f *Front) kill(w http.ResponseWriter, r *http.Request) {

@@ -3,7 +3,6 @@ package local_test
 import (
 	"bytes"
 	"encoding/json"
-	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -154,7 +153,7 @@ func TestSecretsAPI(t *testing.T) {
 	}
 	p := local.NewProvider(command, quiet) // without a folder
 	defer p.Close()
-	if bad := p.SetSecret("tok", []byte("x"), true); bad == nil || bad.Status != 501 {
+	if bad := p.SetSecret("tok", []byte("x"), true); bad == nil || bad.Error() != "this provider has no folder for secrets" {
 		t.Errorf("no folder: %v", bad)
 	}
 }
@@ -289,6 +288,19 @@ func TestStackKeeps(t *testing.T) {
 	if _, after := m.call("GET", "/system/function/web", ""); after != before {
 		t.Errorf("after the restart: %sbefore: %s", after, before)
 	}
+	// As many replicas as it was scaled to, also none.
+	for _, n := range []int{4, 0, 2} {
+		if err := m.Scale("web", n); err != nil {
+			t.Fatal(err)
+		}
+		m.http.CloseIdleConnections()
+		s.Close()
+		s, m = start()
+		if f := m.Functions()[0]; int(f.Replicas) != n {
+			t.Errorf("scaled to %d before the restart, %d after it", n, f.Replicas)
+		}
+	}
+	m.ready("web", 2)
 	eventually(t, 10*time.Second, "the record of both replicas, and of no other", func() bool {
 		l := s.Registry.Records()
 		return len(l) == 1 && len(l[0].View().Replicas) == 2
@@ -315,6 +327,7 @@ func TestStackKeeps(t *testing.T) {
 		{"empty", "web.json", "", "unexpected end of JSON input"},
 		{"of another function", "web.json", `{"spec":{"service":"other","image":"web"}}`, `it is of function "other"`},
 		{"bad name", "web.json", `{"spec":{"service":"../x","image":"web"}}`, "must be 1 to 63 lower-case letters"},
+		{"bad count", "web.json", `{"spec":{"service":"web","image":"web"},"replicas":-1}`, "may want from 0 to 1000"},
 		{"bad label", "web.json", `{"spec":{"service":"web","image":"web","labels":{"com.openfaas.scale.min":"x"}}}`, "must be a number"},
 	} {
 		if err := os.WriteFile(path, []byte(c.content), 0o600); err != nil {
@@ -362,11 +375,11 @@ func TestFolderThatFails(t *testing.T) {
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	if bad := p.Deploy(types.FunctionDeployment{Service: "web", Image: "web"}, true); bad == nil || bad.Status != 500 {
-		t.Errorf("deploy: %v", bad)
+	if err := p.Deploy(types.FunctionDeployment{Service: "web", Image: "web"}, true); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("deploy: %v", err)
 	}
-	if bad := p.SetSecret("tok", []byte("canary"), true); bad == nil || bad.Status != 500 || strings.Contains(fmt.Sprint(bad), "canary") {
-		t.Errorf("secret: %v", bad)
+	if err := p.SetSecret("tok", []byte("canary"), true); err == nil || !strings.Contains(err.Error(), "no such file") || strings.Contains(err.Error(), "canary") {
+		t.Errorf("secret: %v", err)
 	}
 	if n := len(p.Functions()); n != 0 {
 		t.Errorf("%d functions are deployed", n)

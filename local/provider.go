@@ -152,8 +152,9 @@ func (p *Provider) unknown(name string) *wire.Problem {
 		fmt.Sprintf("function %q is not deployed; deploy it, or see /system/functions for those that are", wire.Cut(name)))
 }
 
-// Deploy creates a function, or changes it when create is false.
-func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Problem {
+// Deploy creates a function, or changes it when create is false. The errors of
+// Deploy, Delete, Scale and Kill are refusals as the API answers them.
+func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) error {
 	if bad := checkName(spec.Service); bad != nil {
 		return bad
 	}
@@ -163,7 +164,8 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Prob
 	if _, err := p.command(spec.Image); err != nil {
 		return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
 	}
-	if _, _, err := bounds(spec); err != nil {
+	least, most, err := bounds(spec)
+	if err != nil {
 		return wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, err.Error()).About("labels")
 	}
 	for _, name := range spec.Secrets {
@@ -178,7 +180,7 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) *wire.Prob
 	p.mu.Lock()
 	f := p.functions[spec.Service]
 	if f != nil {
-		k.CreatedAt = f.created
+		k.CreatedAt, k.Replicas = f.created, new(min(max(least, f.desired), most))
 	}
 	p.mu.Unlock()
 	if f == nil && !create {
@@ -206,7 +208,9 @@ func (p *Provider) set(k kept) {
 	f.generation++
 	f.failures = 0
 	least, most, _ := bounds(f.spec) // they have been checked
-	f.desired = min(max(least, f.desired), most)
+	if f.desired = least; k.Replicas != nil {
+		f.desired = min(*k.Replicas, most)
+	}
 	p.touch(f)
 	p.reconcile(f)
 }
@@ -231,7 +235,7 @@ func bounds(spec types.FunctionDeployment) (least, most int, err error) {
 }
 
 // Delete removes a function: its replicas finish what they have and end.
-func (p *Provider) Delete(name string) *wire.Problem {
+func (p *Provider) Delete(name string) error {
 	p.keep.Lock()
 	defer p.keep.Unlock()
 	p.mu.Lock()
@@ -254,8 +258,11 @@ func (p *Provider) Delete(name string) *wire.Problem {
 	return nil
 }
 
-// Scale sets how many replicas a function shall have, within its labels.
-func (p *Provider) Scale(name string, n int) *wire.Problem {
+// Scale sets how many replicas a function shall have, within its labels. They
+// are kept as the function is.
+func (p *Provider) Scale(name string, n int) error {
+	p.keep.Lock()
+	defer p.keep.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	f := p.functions[name]
@@ -266,14 +273,26 @@ func (p *Provider) Scale(name string, n int) *wire.Problem {
 	if err != nil || n < 0 {
 		return wire.Refuse(http.StatusBadRequest, wire.CodeBadParameter, "replicas must be 0 or more").About("replicas")
 	}
-	f.desired = min(n, most)
+	n = min(n, most)
+	if n == f.desired {
+		return nil
+	}
+	if p.store != nil {
+		p.mu.Unlock() // the disk may be slow; under keep, nobody else changes the function
+		err := p.store.keepFunction(kept{CreatedAt: f.created, Spec: f.spec, Replicas: &n})
+		p.mu.Lock()
+		if err != nil {
+			return notKept("function "+name, err)
+		}
+	}
+	f.desired = n
 	p.touch(f)
 	p.reconcile(f)
 	return nil
 }
 
 // Kill ends a replica as kill -9 does.
-func (p *Provider) Kill(name, id string) *wire.Problem {
+func (p *Provider) Kill(name, id string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	f := p.functions[name]

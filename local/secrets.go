@@ -51,7 +51,7 @@ func (p *Provider) Secrets() ([]string, error) {
 
 // SetSecret creates a secret, or changes it when create is false; functions
 // that have it mounted see the new value.
-func (p *Provider) SetSecret(name string, value []byte, create bool) *wire.Problem {
+func (p *Provider) SetSecret(name string, value []byte, create bool) error {
 	if bad := checkSecret(name); bad != nil {
 		return bad
 	}
@@ -77,7 +77,7 @@ func (p *Provider) SetSecret(name string, value []byte, create bool) *wire.Probl
 
 // DeleteSecret removes a secret. Functions that name it run on without, and
 // cannot start again until they are deployed without it, or it is there again.
-func (p *Provider) DeleteSecret(name string) *wire.Problem {
+func (p *Provider) DeleteSecret(name string) error {
 	if bad := checkSecret(name); bad != nil {
 		return bad
 	}
@@ -157,19 +157,19 @@ func (f *Front) secrets(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var s types.Secret
-	p := body(r, &s)
+	if !body(w, r, &s) {
+		return
+	}
 	value := s.RawValue // as it is; the other may have lost white space, or bytes that are no text
 	if len(value) == 0 {
 		value = []byte(s.Value)
 	}
 	switch {
-	case p != nil:
 	case s.Namespace != "" && s.Namespace != Namespace:
-		p = foreign(s.Namespace)
+		foreign(s.Namespace).Write(w)
 	case r.Method == http.MethodDelete:
-		p = f.Provider.DeleteSecret(s.Name)
+		settle(w, f.Provider.DeleteSecret(s.Name))
 	default:
-		p = f.Provider.SetSecret(s.Name, value, r.Method == http.MethodPost)
+		settle(w, f.Provider.SetSecret(s.Name, value, r.Method == http.MethodPost))
 	}
-	settle(w, p)
 }

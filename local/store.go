@@ -121,6 +121,9 @@ func (s *store) remove(folder, name string) error {
 type kept struct {
 	CreatedAt time.Time                `json:"createdAt"`
 	Spec      types.FunctionDeployment `json:"spec"`
+	// Replicas is how many it shall have; nil means as many as its labels ask
+	// for at least.
+	Replicas *int `json:"replicas,omitempty"`
 }
 
 const functionFile = ".json" // ends the name of a function's file
@@ -147,6 +150,9 @@ func (s *store) functions() ([]kept, error) {
 			} else {
 				_, _, err = bounds(k.Spec)
 			}
+			if n := k.Replicas; err == nil && n != nil && (*n < 0 || *n > MaxReplicas) {
+				err = fmt.Errorf("it wants %d replicas, and may want from 0 to %d", *n, MaxReplicas)
+			}
 		}
 		if err != nil {
 			return nil, fmt.Errorf("the file %s is damaged; mend it, or remove it and deploy the function again: %w", path, err)
@@ -164,8 +170,8 @@ func (s *store) keepFunction(k kept) error {
 	return s.write(functionsFolder, k.Spec.Service+functionFile, append(data, '\n'))
 }
 
-// restore starts the functions that are kept, each with as many replicas as its
-// labels ask for at least.
+// restore starts the functions that are kept, each with as many replicas as it
+// had, or shall have at least.
 func (p *Provider) restore() error {
 	all, err := p.store.functions()
 	if err != nil {

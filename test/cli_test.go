@@ -205,7 +205,14 @@ func TestHelp(t *testing.T) {
 // startUp runs sheaf up and returns its process and the gateway's URL.
 func startUp(t *testing.T, args ...string) (*exec.Cmd, string) {
 	t.Helper()
-	cmd := exec.Command(binary, append([]string{"up"}, args...)...)
+	cmd, url, _ := startUpSaying(t, args...)
+	return cmd, url
+}
+
+// startUpSaying returns what sheaf up said before it was up, too.
+func startUpSaying(t *testing.T, args ...string) (cmd *exec.Cmd, url, before string) {
+	t.Helper()
+	cmd = exec.Command(binary, append([]string{"up"}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its own, so that a signal to it is to it alone
 	errs, err := cmd.StderrPipe()
 	if err != nil {
@@ -219,12 +226,13 @@ func startUp(t *testing.T, args ...string) (*exec.Cmd, string) {
 	for {
 		line, err := in.ReadString('\n')
 		if err != nil {
-			t.Fatalf("sheaf up ended: %v", err)
+			t.Fatalf("sheaf up ended: %v\n%s", err, before)
 		}
 		if m := regexp.MustCompile(`sheaf is up at (http://\S+) `).FindStringSubmatch(line); m != nil {
 			go func() { _, _ = io.Copy(io.Discard, in) }()
-			return cmd, m[1]
+			return cmd, m[1], before
 		}
+		before += line
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -35,33 +36,54 @@ const maxWorkers = local.MaxReplicas
 // have something to scatter over.
 func defaultWorkers() int { return max(4, runtime.NumCPU()) }
 
-// command says how a replica of an image is started.
-func command(image string) ([]string, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
+// command says how a replica of an image is started: of a function in this
+// binary, or of an executable file in the folder programs, unless that is "".
+func command(programs string) func(image string) ([]string, error) {
+	return func(image string) ([]string, error) {
+		name := strings.TrimSuffix(image, ":latest") // which faas-cli adds to what a stack file says
+		switch name {
+		case masterImage, workerImage:
+			self, err := os.Executable()
+			return []string{self, functionCommand, filepath.Base(name)}, err
+		}
+		if programs == "" {
+			return nil, fmt.Errorf("image %q is not known here; the local provider has %s and %s, and with --programs FOLDER the executable files of a folder", image, masterImage, workerImage)
+		}
+		path := name
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(programs, path)
+		}
+		within, err := filepath.Rel(programs, path)
+		if err != nil || !filepath.IsLocal(within) {
+			return nil, fmt.Errorf("image %q is not in %s, the folder of --programs", image, programs)
+		}
+		info, err := os.Stat(path)
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("image %q is neither %s nor %s, nor a file in %s: %w", image, masterImage, workerImage, programs, err)
+		case !info.Mode().IsRegular() || info.Mode()&0o111 == 0:
+			return nil, fmt.Errorf("image %q is %s, which is not an executable file; make it one with chmod +x", image, path)
+		}
+		return []string{path}, nil
 	}
-	switch strings.TrimSuffix(image, ":latest") { // which faas-cli adds to what a stack file says
-	case masterImage:
-		return []string{self, functionCommand, "master"}, nil
-	case workerImage:
-		return []string{self, functionCommand, "worker"}, nil
-	}
-	return nil, fmt.Errorf("image %q is not known here; the local provider has %s and %s", image, masterImage, workerImage)
 }
 
 // stack is a local stack with master and worker on it.
 type stack struct {
 	*local.Stack
-	ready atomic.Bool // master and worker are warm
+	command func(image string) ([]string, error)
+	ready   atomic.Bool // master and worker are warm
 }
 
 // start starts a local stack at cfg's port, or at any free one if that is taken
 // and may be another, and deploys master and worker.
 func start(ctx context.Context, cfg local.Config, orAny bool, workers int, s std, verbose bool) (*stack, error) {
-	st := &stack{}
+	if cfg.Command == nil {
+		cfg.Command = command("")
+	}
+	st := &stack{command: cfg.Command}
 	port := cfg.Port
-	cfg.Command, cfg.Version, cfg.Log = command, version, logger(s.err, verbose)
+	cfg.Version, cfg.Log = version, logger(s.err, verbose)
 	cfg.Healthy = func() error {
 		if !st.ready.Load() {
 			return errors.New("master and worker are starting; ask again")
@@ -130,14 +152,27 @@ func (st *stack) deploy(ctx context.Context, workers int) error {
 	return nil
 }
 
+// images names the functions whose images are not here, and says why: they were
+// deployed by another stack, and are kept.
+func (st *stack) images() map[string]error {
+	missing := map[string]error{}
+	for _, f := range st.Provider.Functions() {
+		if _, err := st.command(f.Image); err != nil {
+			missing[f.Name] = err
+		}
+	}
+	return missing
+}
+
 // warm waits until as many replicas are ready as were deployed.
 func (st *stack) warm(ctx context.Context) error {
+	missing := st.images()
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("master and worker were not ready within a minute"))
 	defer cancel()
 	for {
 		ready := true
 		for _, name := range []string{"master", "worker"} {
-			ok := false
+			ok := missing[name] != nil
 			for _, r := range st.Registry.Records() {
 				ok = ok || r.Function == name+"."+local.Namespace && r.Desired > 0 && len(r.View().Replicas) >= r.Desired
 			}
@@ -157,6 +192,17 @@ func (st *stack) warm(ctx context.Context) error {
 	}
 }
 
+// split takes a list with commas apart. That of "" has no element, and is not nil.
+func split(list string) []string {
+	out := []string{}
+	for e := range strings.SplitSeq(list, ",") {
+		if e = strings.TrimSpace(e); e != "" {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
 // up is the command that keeps a stack running.
 func up(ctx context.Context, args []string, s std) error {
 	f := flags(s, "up", "up [FLAGS]", "sheaf up --port 8080 --workers 4")
@@ -165,6 +211,9 @@ func up(ctx context.Context, args []string, s std) error {
 	data := f.String("data", "", "`folder` in which functions, secrets and queues are kept for the next time; without it they are forgotten")
 	auth := f.Bool("auth", false, "ask who uses /system/...: user admin, with a random password that faas-cli login is told")
 	passwordFile := f.String("password-file", "", "`file` with the password to ask for; means --auth")
+	programs := f.String("programs", "", "`folder` whose executable files may be deployed as functions: the image is the file's name")
+	keyFile := f.String("callback-key-file", "", "`file` with the key that signs callbacks of asynchronous calls")
+	allow := f.String("callback-allow", "127.0.0.0/8,::1", "`list` of where callbacks may go beside public addresses: addresses, CIDRs and host:port, with commas between")
 	verbose := f.Bool("verbose", false, "log what happens")
 	rest, err := parse(f, args)
 	switch {
@@ -178,6 +227,19 @@ func up(ctx context.Context, args []string, s std) error {
 		return usagef("--workers is %d, and must be from 1 to %d", *workers, maxWorkers)
 	}
 	cfg := local.Config{Port: *port, Dir: *data}
+	cfg.Async.SigningKeyFile, cfg.Async.CallbackAllow = *keyFile, split(*allow)
+	if err := cfg.Async.Validate(); err != nil {
+		return usageError{err}
+	}
+	if *programs != "" {
+		if *programs, err = filepath.Abs(*programs); err != nil {
+			return err
+		}
+		if info, err := os.Stat(*programs); err != nil || !info.IsDir() {
+			return usagef("--programs is %q, and must be a folder", *programs)
+		}
+	}
+	cfg.Command = command(*programs)
 	var login string
 	if *auth || *passwordFile != "" {
 		if cfg.Auth, login, err = newLogin(*passwordFile); err != nil {
@@ -194,6 +256,9 @@ func up(ctx context.Context, args []string, s std) error {
 	defer st.Close()
 	if err := st.warm(ctx); err != nil {
 		return err
+	}
+	for name, err := range st.images() {
+		fmt.Fprintf(s.err, "function %s cannot run until it is deployed anew: %v\n", name, err)
 	}
 	fmt.Fprintf(s.err, `sheaf is up at %[1]s after %[2]v: master, and worker with %[3]d replicas. End it with ^C.
 
