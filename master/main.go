@@ -36,12 +36,15 @@ import (
 //	replica_inflight requests in flight on one replica, over all jobs; 8
 func Main(job Job) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
-		return build(job, getenv)
+		return Env(job, getenv)
 	}))
 }
 
-func build(job Job, getenv func(string) string) (*serve.Server, func(), error) {
-	s, err := serve.Env(getenv)
+// Env is the server of job as a function of OpenFaaS, by the environment that
+// Main reads. stop ends what it holds open, when it serves no more. The error
+// names the variable, its value and what was expected.
+func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err error) {
+	s, err = serve.Env(getenv)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -10,7 +10,7 @@ func env(vars map[string]string) func(string) string {
 	return func(name string) string { return vars[name] }
 }
 
-func TestBuildRefusesBadEnvironment(t *testing.T) {
+func TestEnvRefusesBadEnvironment(t *testing.T) {
 	for _, c := range []struct{ name, value, expected string }{
 		{"max_input", "abc", "a whole number from 1 to 1125899906842624"},
 		{"max_input", "0", "a whole number from 1"},
@@ -40,7 +40,7 @@ func TestBuildRefusesBadEnvironment(t *testing.T) {
 		{"max_input", strings.Repeat("9", 5000), "a whole number"},
 	} {
 		t.Run(c.name+"="+c.value[:min(len(c.value), 20)], func(t *testing.T) {
-			s, stop, err := build(Job{}, env(map[string]string{c.name: c.value}))
+			s, stop, err := Env(Job{}, env(map[string]string{c.name: c.value}))
 			if err == nil {
 				stop()
 				t.Fatalf("it was taken: %+v", s)
@@ -60,9 +60,9 @@ func TestBuildRefusesBadEnvironment(t *testing.T) {
 	}
 }
 
-func TestBuild(t *testing.T) {
+func TestEnv(t *testing.T) {
 	const away = "nats://127.0.0.1:1" // nobody listens: a master starts before its neighbours
-	s, stop, err := build(Job{}, env(map[string]string{"nats_url": away}))
+	s, stop, err := Env(Job{}, env(map[string]string{"nats_url": away}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +73,7 @@ func TestBuild(t *testing.T) {
 		h.Patience != DefaultPatience || h.ReplicaWait != 30*time.Second || s.MaxInflight != 100 {
 		t.Errorf("defaults are %+v", h)
 	}
-	s, stop, err = build(Job{}, env(map[string]string{
+	s, stop, err = Env(Job{}, env(map[string]string{
 		"nats_url": away, "OPENFAAS_NAME": "boss", "worker_function": "count.dev", "max_input": "10", "max_block": "9",
 		"max_blocks": "8", "max_workers": "7", "max_jobs": "6", "job_memory": "5", "read_timeout": "4", "replica_wait": "3s", "replica_inflight": "2",
 		"gateway_url": "https://gateway/",

@@ -9,6 +9,7 @@
 package master
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -42,8 +43,15 @@ type Answer interface {
 type Job struct {
 	// New returns the answer to no block at all.
 	New func() Answer
+	// Split cuts the input into blocks of about size bytes; nil means as the
+	// request asks. A job with a Split of its own refuses requests that ask for
+	// another. Only the Data of its blocks is looked at: it is copied, so it may
+	// be used again for the next one, and numbered in the order in which it
+	// comes. An error that it yields is the end of the job, and the input's fault.
+	Split func(input io.Reader, size int) iter.Seq2[sheaf.Block, error]
 	// Line returns one block's result as JSON, for those who take results as
-	// they come. mayCut says that the block's edges may lie within a record.
+	// they come. mayCut says that the block's edges may lie within a record, as
+	// far as is known: a Split of the job's own knows better.
 	Line func(r sheaf.Result, mayCut bool) (json.RawMessage, error)
 }
 
@@ -193,12 +201,14 @@ type job struct {
 func (j *job) elapsed() time.Duration { return time.Since(j.begun) }
 
 // mayCut says whether a block may begin or end within a line.
-func (j *job) mayCut() bool { return j.split.By == "bytes" || j.split.By == "records" }
+func (j *job) mayCut() bool {
+	return j.split.By == "bytes" || j.split.By == "records" || j.h.Job.Split != nil
+}
 
 // results scatters the blocks, and counts what comes back.
 func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
 	return func(yield func(sheaf.Result, error) bool) {
-		for r, err := range j.group.Scatter(ctx, j.split.Split(j.up)) {
+		for r, err := range j.group.Scatter(ctx, j.blocks()) {
 			if err != nil {
 				j.up.leave() // Scatter waits for whoever reads the upload
 				if cause := context.Cause(ctx); errors.Is(cause, errJobTimeout) {
@@ -221,6 +231,75 @@ func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
 			}
 		}
 	}
+}
+
+// blocks splits the upload.
+func (j *job) blocks() iter.Seq2[sheaf.Block, error] {
+	if j.h.Job.Split == nil {
+		return j.split.Split(j.up)
+	}
+	return func(yield func(sheaf.Block, error) bool) {
+		in := &reading{r: j.up}
+		next, offset := 0, int64(0)
+		left := false
+		err := j.guard(func() error {
+			for b, err := range j.h.Job.Split(in, j.split.Size) {
+				switch n := len(b.Data); {
+				case err != nil:
+					return cmp.Or(in.err, err)
+				case n > j.h.MaxBlock:
+					return wire.Refuse(http.StatusUnprocessableEntity, "record_too_long",
+						fmt.Sprintf("the function's Split made a block of %d bytes at byte %d, over the limit of %d; raise max_block, or split the input finer",
+							n, offset, j.h.MaxBlock)).About("split").Within(j.h.MaxBlock)
+				case next == j.h.MaxBlocks:
+					return sheaf.ErrTooManyBlocks
+				}
+				b = sheaf.Block{Index: next, Offset: offset, Data: bytes.Clone(b.Data)}
+				next++
+				offset += int64(len(b.Data))
+				if !yield(b, nil) {
+					left = true
+					return nil
+				}
+			}
+			if in.err == nil && !in.end { // as bufio.Scanner does at a line that is too long for it
+				if n, _ := io.ReadFull(in, make([]byte, 1)); n > 0 {
+					return fmt.Errorf("its Split ended after %d bytes of blocks, before the input did", offset)
+				}
+			}
+			return in.err // which the Split may have taken for the end
+		})
+		if err != nil && !left {
+			yield(sheaf.Block{}, split(err))
+		}
+	}
+}
+
+// split tells errors of a function's own Split from others.
+func split(err error) error {
+	if _, ok := errors.AsType[*wire.Problem](err); ok || errors.Is(err, errPanicked) || errors.Is(err, sheaf.ErrTooManyBlocks) {
+		return err
+	}
+	return wire.Refuse(http.StatusUnprocessableEntity, "malformed_input", fmt.Sprintf("the function cannot split the input: %v", err)).About("split")
+}
+
+// reading keeps how a reader ended.
+type reading struct {
+	r   io.Reader
+	err error // not io.EOF
+	end bool
+}
+
+func (r *reading) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p)
+	switch err {
+	case nil:
+	case io.EOF:
+		r.end = true
+	default:
+		r.err = err
+	}
+	return n, err
 }
 
 // merge merges results, in block order, as they come.

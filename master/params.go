@@ -254,6 +254,10 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	if p != nil {
 		return nil, p
 	}
+	if _, asked := ps["split"]; asked && h.Job.Split != nil {
+		return nil, wire.Refuse(http.StatusUnprocessableEntity, "split_is_fixed",
+			fmt.Sprintf("split is %q, but this function splits its input in a way of its own; leave split out", by)).About("split")
+	}
 	if j.split, p = ps.splitter(by); p != nil {
 		return nil, p
 	}

@@ -39,10 +39,13 @@ var rooms = map[string]struct{ own, modules []string }{
 	"local": {own: []string{"", "gateway", "internal/wire", "registry"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/openfaas/faas-provider"}},
 
+	// What a function's author writes against.
+	"function": {own: []string{"", "internal/serve", "internal/wire", "master", "worker"}},
+
 	// Functions and commands.
 	"functions/wordcount": {own: []string{""}},
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},
-	"functions/master":    {own: []string{"functions/wordcount", "master"}},
+	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},
 	"cmd/sheaf": {own: []string{"", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
 		modules: []string{"github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},

@@ -89,19 +89,26 @@ func Reject(err error) error { return rejection{err} }
 // are taken after SIGTERM), max_block (bytes).
 func Main(f Func) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
-		s, err := serve.Env(getenv)
-		if err != nil {
-			return nil, nil, err
-		}
-		v := serve.Vars{Getenv: getenv}
-		s.Handler = &Handler{
-			Func:        f,
-			MaxBlock:    int64(v.Int("max_block", DefaultMaxBlock, 1, 1<<31-1)),
-			ReadTimeout: v.Duration("read_timeout", DefaultReadTimeout),
-			MaxTime:     v.Duration("exec_timeout", 0),
-		}
-		return s, func() {}, v.Err
+		s, err := Env(f, getenv)
+		return s, func() {}, err
 	}))
+}
+
+// Env is the server of f as a function of OpenFaaS, by the environment that Main
+// reads. Its error names the variable, its value and what was expected.
+func Env(f Func, getenv func(string) string) (*serve.Server, error) {
+	s, err := serve.Env(getenv)
+	if err != nil {
+		return nil, err
+	}
+	v := serve.Vars{Getenv: getenv}
+	s.Handler = &Handler{
+		Func:        f,
+		MaxBlock:    int64(v.Int("max_block", DefaultMaxBlock, 1, 1<<31-1)),
+		ReadTimeout: v.Duration("read_timeout", DefaultReadTimeout),
+		MaxTime:     v.Duration("exec_timeout", 0),
+	}
+	return s, v.Err
 }
 
 // ServeHTTP reads a block, calls Func and sends its result with its length and

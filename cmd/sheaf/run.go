@@ -219,7 +219,9 @@ type jobSummary struct {
 // post sends the input to the master and prints the answer.
 func (j *jobRun) post(ctx context.Context, input io.Reader) (jobSummary, error) {
 	q := url.Values{}
-	q.Set("split", j.flags.split)
+	if j.flags.split != sheaf.Splits()[0] { // what a function does when nobody says
+		q.Set("split", j.flags.split)
+	}
 	q.Set("route", j.flags.route)
 	if j.flags.block != "auto" {
 		q.Set("block", j.flags.block)
