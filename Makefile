@@ -47,8 +47,8 @@ SEEDS ?= 1000000
 sim: ## Simulate SEEDS seeds of the scheduler (1,000,000)
 	go test ./internal/schedule -run TestSimulation -seeds $(SEEDS) -v -timeout 1h
 
-readme: ## Write the output that the README shows anew
-	go test ./test -run TestReadme -update -count=1
+readme: ## Write the output that README.md and docs show anew (with FAAS_CLI, that of faas-cli too)
+	go test ./test -count=1 -run TestReadme -args -update
 
 worker: ## Build the worker as for an image, and print its size
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/worker ./functions/worker

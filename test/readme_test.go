@@ -11,35 +11,48 @@ import (
 	"testing"
 )
 
-var update = flag.Bool("update", false, "write the output that README.md shows anew")
+var update = flag.Bool("update", false, "write the output that README.md and docs/*.md show anew")
 
-// The README's commands run, and print what it says they print, but for times
-// and names that differ from run to run.
+// The commands of README.md and of the pages in docs run, and print what is
+// shown below them, but for times and names that differ from run to run. Those
+// that need faas-cli run when FAAS_CLI names one.
 func TestReadme(t *testing.T) {
-	const path = "../README.md"
 	_, url := startUp(t, "--port", "0", "--workers", "4")
+	pages, err := filepath.Glob("../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range append([]string{"../README.md"}, pages...) {
+		t.Run(filepath.Base(path), func(t *testing.T) { page(t, path, url) })
+	}
+}
+
+func page(t *testing.T, path, url string) {
 	rounds := 1
 	if *update {
-		rounds = 10 // it counts its own words: what it shows changes what it counts
+		rounds = 10 // README.md counts its own words: what it shows changes what it counts
 	}
 	for round := range rounds {
 		shown, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		real := consoles(t, string(shown), url)
+		real, commands := consoles(t, string(shown), url)
+		if path == "../README.md" && commands < 4 {
+			t.Fatalf("README.md has %d commands, and should have more", commands)
+		}
 		if varying.ReplaceAllString(real, "~") == varying.ReplaceAllString(string(shown), "~") {
 			return
 		}
 		if !*update {
-			t.Fatalf("README.md shows other output than its commands print (make readme writes it anew):\n%s", difference(string(shown), real))
+			t.Fatalf("%s shows other output than its commands print (make readme writes it anew):\n%s", path, difference(string(shown), real))
 		}
 		if err := os.WriteFile(path, []byte(real), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		t.Logf("round %d: written anew", round)
 	}
-	t.Fatal("README.md does not come to rest")
+	t.Fatalf("%s does not come to rest", path)
 }
 
 // varying is what may differ: times, sizes of blocks that follow from the
@@ -47,16 +60,15 @@ func TestReadme(t *testing.T) {
 var varying = regexp.MustCompile(`\d+(\.\d+)?(µs|ms|s)\b|\d+ blocks? of up to|on \d+ replicas?|at \d+ %|127\.0\.0\.1:\d+|(worker|master)-[0-9a-f]{8}|\d\d:\d\d:\d\d +\d+| +`)
 
 // consoles runs the commands of the console blocks of a text, and returns it
-// with what they print below them.
-func consoles(t *testing.T, text, url string) string {
+// with what they print below them, and how many they were.
+func consoles(t *testing.T, text, url string) (shown string, commands int) {
 	t.Helper()
 	var out strings.Builder
 	inside := false
-	commands := 0
 	for line := range strings.Lines(text) {
 		switch {
 		case strings.HasPrefix(line, "```console"):
-			inside = true
+			inside = !strings.Contains(line, "faas-cli") || os.Getenv("FAAS_CLI") != ""
 		case inside && strings.HasPrefix(line, "```"):
 			inside = false
 		case inside && strings.HasPrefix(line, "$ "):
@@ -69,10 +81,7 @@ func consoles(t *testing.T, text, url string) string {
 		}
 		out.WriteString(line)
 	}
-	if commands < 4 {
-		t.Fatalf("README.md has %d commands, and should have more", commands)
-	}
-	return out.String()
+	return out.String(), commands
 }
 
 // shell runs a command line in the root of the repository.
@@ -81,7 +90,12 @@ func shell(t *testing.T, line, url string) string {
 	cmd := exec.CommandContext(t.Context(), "bash", "-o", "pipefail", "-c", strings.ReplaceAll(line, "http://127.0.0.1:8080", url))
 	cmd.Dir = ".."
 	t.Cleanup(func() { _ = os.Remove("../counts.txt") }) // which one of them writes
-	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"), "OPENFAAS_URL="+url)
+	path := []string{filepath.Dir(binary)}
+	if cli := os.Getenv("FAAS_CLI"); cli != "" {
+		path = append(path, filepath.Dir(cli))
+	}
+	path = append(path, os.Getenv("PATH"))
+	cmd.Env = append(os.Environ(), "PATH="+strings.Join(path, string(os.PathListSeparator)), "OPENFAAS_URL="+url)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
