@@ -86,6 +86,19 @@ type Route interface {
 	Call(ctx context.Context, req *Request) (*Reply, error)
 }
 
+// A Starter is a Route that can carry many calls without a goroutine for each.
+// Where a Route is one, [Group.Scatter] makes use of it.
+type Starter interface {
+	Route
+	// Start begins a call and returns soon. done is called once, later, from
+	// another goroutine, when the route has let go of req and its Body; it must
+	// return soon. cancel ends a call that has not ended: done then tells an
+	// error, unless the answer has just come. It may be called at any time and
+	// more than once. Nothing but cancel ends a call that hangs: req.Deadline is
+	// for the replica to know.
+	Start(req *Request, done func(*Reply, error)) (cancel func())
+}
+
 // RouteFunc is a function as a [Route].
 type RouteFunc func(ctx context.Context, req *Request) (*Reply, error)
 

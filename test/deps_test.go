@@ -23,13 +23,14 @@ var rooms = map[string]struct{ own, modules []string }{
 	"":                  {own: []string{"internal/schedule"}},
 	"internal/schedule": {},
 	"internal/wire":     {own: []string{""}},
+	"internal/http1":    {},
 	"internal/serve":    {own: []string{"internal/wire"}},
 
 	"internal/routetest": {own: []string{"", "internal/wire"}},
 
 	// Adapters, each to one neighbour.
 	"worker":   {own: []string{"", "internal/serve", "internal/wire"}},
-	"direct":   {own: []string{"", "internal/wire"}},
+	"direct":   {own: []string{"", "internal/http1", "internal/wire"}},
 	"gateway":  {own: []string{"", "internal/wire"}, modules: []string{"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk"}},
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},
 

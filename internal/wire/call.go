@@ -55,43 +55,80 @@ func NewHTTP(perHost int) *http.Client {
 	}
 }
 
-// Post sends req to url and returns the answer, or a *sheaf.CallError.
+// AppendHead appends to b the header fields of the message that carries req,
+// but for those that tell where it goes (Host) and where it ends
+// (Content-Length). Each is a line with its carriage return and line feed. The
+// error says that req holds a name that no header can carry.
+func (c *Caller) AppendHead(b []byte, req *sheaf.Request, now time.Time) ([]byte, error) {
+	for _, name := range []string{req.Job, req.Function, req.To.ID} {
+		if strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+			return b, fmt.Errorf("name %q holds a control character, which no header can carry", Cut(name))
+		}
+	}
+	b = Seal(req, now).Append(b)
+	b = append(b, "Content-Type: application/octet-stream\r\n"+Digest+": "...)
+	return append(appendSum(b, req.Body), "\r\n"...), nil
+}
+
+// Post sends req to url and returns the answer, as Judge sees it.
+func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*sheaf.Reply, error) {
+	fail := func(f sheaf.Fault, err error) (*sheaf.Reply, error) {
+		return nil, Late(ctx, &sheaf.CallError{Fault: f, From: req.To.ID, Err: err})
+	}
+	head, err := c.AppendHead(nil, req, time.Now())
+	if err != nil {
+		return fail(sheaf.FaultRejected, err)
+	}
+	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(req.Body))
+	if err != nil {
+		return fail(sheaf.FaultRefused, err)
+	}
+	if len(req.Body) == 0 {
+		hr.Body, hr.ContentLength = http.NoBody, 0
+	}
+	hr.GetBody = nil // a transport that sends again in silence would run the handler twice unseen
+	for line := range strings.SplitSeq(strings.TrimSuffix(string(head), "\r\n"), "\r\n") {
+		key, value, _ := strings.Cut(line, ": ")
+		hr.Header[key] = []string{value}
+	}
+	resp, err := c.HTTP.Do(hr)
+	if err != nil {
+		if isRefused(err) {
+			return fail(sheaf.FaultRefused, err)
+		}
+		return fail(sheaf.FaultLost, err)
+	}
+	defer resp.Body.Close()
+	reply, err := c.Judge(req, resp)
+	return reply, Late(ctx, err)
+}
+
+// Late makes the fault of err, when it is a *sheaf.CallError, a timeout if ctx
+// ran out of time and nobody answered: it is why the transport broke off,
+// wherever it was.
+func Late(ctx context.Context, err error) error {
+	if ce, ok := err.(*sheaf.CallError); ok && (ce.Status == 0 || ce.Status == http.StatusOK) && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		ce.Fault = sheaf.FaultTimeout
+	}
+	return err
+}
+
+// Judge reads the answer to req and returns it, or a *sheaf.CallError. It does
+// not close resp.Body.
 //
 // Status 200 alone is not trusted: through a watchdog or a proxy the answer of
 // a replica that died half-way looks like a clean 200 with a short body. The
 // digest that the replica put into the header decides. An answer without one
 // is taken, as unverified, only if its body is not empty and no answer of this
 // function was ever proved.
-func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*sheaf.Reply, error) {
-	fail := func(f sheaf.Fault, status int, err error) (*sheaf.Reply, error) {
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			f = sheaf.FaultTimeout // it is why the transport broke off, wherever it was
-		}
-		return nil, &sheaf.CallError{Fault: f, Status: status, From: req.To.ID, Err: err}
+func (c *Caller) Judge(req *sheaf.Request, resp *http.Response) (*sheaf.Reply, error) {
+	fail := func(f sheaf.Fault, err error) (*sheaf.Reply, error) {
+		return nil, &sheaf.CallError{Fault: f, Status: resp.StatusCode, From: req.To.ID, Err: err}
 	}
-	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(req.Body))
-	if err != nil {
-		return fail(sheaf.FaultRefused, 0, err)
-	}
-	if len(req.Body) == 0 {
-		hr.Body, hr.ContentLength = http.NoBody, 0
-	}
-	hr.GetBody = nil // a transport that sends again in silence would run the handler twice unseen
-	Seal(req, time.Now()).Write(hr.Header)
-	hr.Header["Content-Type"] = []string{"application/octet-stream"}
-	hr.Header[Digest] = []string{Sum(req.Body)}
-	resp, err := c.HTTP.Do(hr)
-	if err != nil {
-		if isRefused(err) {
-			return fail(sheaf.FaultRefused, 0, err)
-		}
-		return fail(sheaf.FaultLost, 0, err)
-	}
-	defer resp.Body.Close()
 	from := resp.Header.Get(Replica)
 	if req.To.ID != "" {
 		if from != "" && from != req.To.ID {
-			return fail(sheaf.FaultRefused, resp.StatusCode, fmt.Errorf("its address is now that of replica %s", Cut(from)))
+			return fail(sheaf.FaultRefused, fmt.Errorf("its address is now that of replica %s", Cut(from)))
 		}
 		from = req.To.ID
 	}
@@ -103,26 +140,28 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 		limit = DefaultMaxReply
 	}
 	if resp.ContentLength > limit {
-		return fail(sheaf.FaultRejected, 200, fmt.Errorf("answer of %d bytes is over the limit of %d", resp.ContentLength, limit))
+		return fail(sheaf.FaultRejected, fmt.Errorf("answer of %d bytes is over the limit of %d", resp.ContentLength, limit))
 	}
 	body, err := ReadBody(resp.Body, resp.ContentLength, limit)
 	if err != nil {
-		return fail(sheaf.FaultLost, 200, fmt.Errorf("answer was cut after %d bytes: %w", len(body), err))
+		return fail(sheaf.FaultLost, fmt.Errorf("answer was cut after %d bytes: %w", len(body), err))
 	}
 	if int64(len(body)) > limit {
-		return fail(sheaf.FaultRejected, 200, fmt.Errorf("answer is over the limit of %d bytes", limit))
+		return fail(sheaf.FaultRejected, fmt.Errorf("answer is over the limit of %d bytes", limit))
 	}
 	proved, err := Check(resp.Header, body)
 	switch {
 	case err != nil:
-		return fail(sheaf.FaultLost, 200, fmt.Errorf("answer of %d bytes: %w", len(body), err))
+		return fail(sheaf.FaultLost, fmt.Errorf("answer of %d bytes: %w", len(body), err))
 	case proved:
-		c.proved.Store(req.Function, nil)
+		if _, known := c.proved.Load(req.Function); !known {
+			c.proved.Store(req.Function, nil)
+		}
 	case len(body) == 0:
-		return fail(sheaf.FaultLost, 200, fmt.Errorf("%w and is empty", sheaf.ErrUnverified))
+		return fail(sheaf.FaultLost, fmt.Errorf("%w and is empty", sheaf.ErrUnverified))
 	default:
 		if _, others := c.proved.Load(req.Function); others {
-			return fail(sheaf.FaultLost, 200, fmt.Errorf("%w, and others of this function do", sheaf.ErrUnverified))
+			return fail(sheaf.FaultLost, fmt.Errorf("%w, and others of this function do", sheaf.ErrUnverified))
 		}
 	}
 	return &sheaf.Reply{Body: body, From: from, Verified: proved}, nil

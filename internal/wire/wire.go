@@ -92,23 +92,33 @@ func Seal(req *sheaf.Request, now time.Time) Envelope {
 	return e
 }
 
-// Write sets the headers of the envelope in h.
-func (e Envelope) Write(h http.Header) {
-	set := func(key, value string) { h[key] = []string{value} }
-	set(Job, e.Job)
-	set(Block, strconv.Itoa(e.Block))
-	set(Attempt, strconv.Itoa(e.Attempt))
+// Append appends the envelope to b as header fields: a line for each, with the
+// carriage return and line feed that end it.
+func (e Envelope) Append(b []byte) []byte {
+	b = appendField(b, Job, e.Job)
+	b = appendNumber(b, Block, uint64(e.Block))
+	b = appendNumber(b, Attempt, uint64(e.Attempt))
 	if e.Replica != "" {
-		set(To, e.Function+"/"+e.Replica)
+		b = append(append(append(b, To+": "...), e.Function...), '/')
+		b = append(append(b, e.Replica...), "\r\n"...)
 	}
 	if e.Size > 0 {
-		set(Rank, strconv.Itoa(e.Rank))
-		set(Size, strconv.Itoa(e.Size))
-		set(Epoch, strconv.FormatUint(e.Epoch, 10))
+		b = appendNumber(b, Rank, uint64(e.Rank))
+		b = appendNumber(b, Size, uint64(e.Size))
+		b = appendNumber(b, Epoch, e.Epoch)
 	}
 	if e.Left > 0 {
-		set(Deadline, strconv.FormatInt(max(1, e.Left.Milliseconds()), 10))
+		b = appendNumber(b, Deadline, uint64(max(1, e.Left.Milliseconds())))
 	}
+	return b
+}
+
+func appendField(b []byte, key, value string) []byte {
+	return append(append(append(append(b, key...), ": "...), value...), "\r\n"...)
+}
+
+func appendNumber(b []byte, key string, n uint64) []byte {
+	return append(strconv.AppendUint(append(append(b, key...), ": "...), n, 10), "\r\n"...)
 }
 
 // Open reads the envelope from h. A request without Sheaf- headers is a plain
@@ -164,11 +174,14 @@ func Cut(s string) string {
 
 // Sum returns the value of Content-Digest for body.
 func Sum(body []byte) string {
+	return string(appendSum(make([]byte, 0, 64), body))
+}
+
+func appendSum(b, body []byte) []byte {
 	sum := sha256.Sum256(body)
-	b := make([]byte, 0, 64)
 	b = append(b, "sha-256=:"...)
 	b = base64.StdEncoding.AppendEncode(b, sum[:])
-	return string(append(b, ':'))
+	return append(b, ':')
 }
 
 // errDigest says that a body is not what its digest says.
@@ -183,7 +196,8 @@ func Check(h http.Header, body []byte) (proved bool, err error) {
 			if !ok || !strings.EqualFold(name, "sha-256") {
 				continue
 			}
-			if "sha-256="+value != Sum(body) {
+			var room [64]byte
+			if sum := appendSum(room[:0], body); value != string(sum[len("sha-256="):]) {
 				return false, errDigest
 			}
 			return true, nil
