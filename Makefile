@@ -1,10 +1,10 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme worker deps
+.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme worker deps images chart chart-readme
 
 help: ## Print this
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## Build the sheaf command into bin/
 	go build -trimpath -o bin/sheaf ./cmd/sheaf
@@ -25,6 +25,7 @@ lint: ## gofmt, vet, staticcheck, go fix, go.mod
 	go tool staticcheck ./...
 	go fix -diff ./...
 	go mod tidy -diff
+	cd charts && go vet ./... && go tool staticcheck ./... && go fix -diff ./... && go mod tidy -diff
 
 fmt: ## Format the code
 	gofmt -w .
@@ -54,6 +55,18 @@ readme: ## Write the output that README.md and docs show anew (with FAAS_CLI, th
 worker: ## Build the worker as for an image, and print its size
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/worker ./functions/worker
 	@wc -c bin/worker
+
+SERVER ?=
+OWNER ?= sheaf
+TAG ?= latest
+images: ## Make the container images, without a container engine, in build/images; PUSH=1 pushes them to SERVER/OWNER
+	go run -C charts ./cmd/images -prefix "$(if $(SERVER),$(SERVER)/)$(OWNER)/" -tag "$(TAG)" $(if $(PUSH),-push) $(IMAGES)
+
+chart: ## Test the helm chart: lint, rendering, rights, network policies
+	go test -C charts ./...
+
+chart-readme: ## Write the table of values in the chart's README anew
+	go test -C charts . -run TestReadmeTable -count=1 -args -update
 
 deps: ## What the project needs beyond Go: nothing
 	go mod download
