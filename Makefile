@@ -1,7 +1,7 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme worker deps images chart chart-readme
+.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker deps images chart chart-readme
 
 help: ## Print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ sim: ## Simulate SEEDS seeds of the scheduler (1,000,000)
 
 readme: ## Write the output that README.md and docs show anew (with FAAS_CLI, that of faas-cli too)
 	go test ./test -count=1 -run TestReadme -args -update
+
+template: ## Write the template's go.mod and go.sum anew
+	go test ./test -run TestTemplateIsTidy -update -count=1
+
+proxy: ## Serve this checkout as a published module; eval "$(make -s proxy)"
+	@go test ./test -run TestWriteProxy -proxy "$$(go env GOPATH)/sheaf" -count=1 -v | grep ^export
 
 worker: ## Build the worker as for an image, and print its size
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/worker ./functions/worker

@@ -26,8 +26,9 @@ import (
 	"github.com/sheaf-project/sheaf/local"
 )
 
-// binary is the sheaf command, built once.
-var binary string
+// binary is the sheaf command, built once; it is in scratch, a folder that the
+// tests share.
+var binary, scratch string
 
 func TestMain(m *testing.M) {
 	if log := os.Getenv(slowFunction); log != "" {
@@ -40,7 +41,7 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
-	binary = filepath.Join(dir, "sheaf")
+	scratch, binary = dir, filepath.Join(dir, "sheaf")
 	build := exec.Command("go", "build", "-o", binary, "./cmd/sheaf")
 	build.Dir = ".."
 	if out, err := build.CombinedOutput(); err != nil {

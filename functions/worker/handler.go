@@ -1,4 +1,5 @@
-// Command worker is the worker function: it counts the words of blocks.
+// Command worker is the worker function alone: it counts the words of blocks,
+// and holds standard-library code only. functions/master is both roles.
 package main
 
 import (

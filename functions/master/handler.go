@@ -10,10 +10,10 @@ import (
 	"github.com/sheaf-project/sheaf/master"
 )
 
-func main() {
-	function.Main(function.Function{
-		Map:   wordcount.Count,
-		Merge: func() master.Answer { return new(wordcount.Counts) },
-		Line:  wordcount.Line,
-	})
+func main() { function.Main(count) }
+
+var count = function.Function{
+	Map:   wordcount.Count,
+	Merge: func() master.Answer { return new(wordcount.Counts) },
+	Line:  wordcount.Line,
 }
