@@ -30,8 +30,13 @@ type Provider interface {
 
 // A Source tells where replicas are: a View of each function with its replicas
 // in all states, again on each change; Desired -1 says that the function is
-// gone, and a View without a function that the source lives. A gateway.Client
-// of a local provider is one.
+// gone, and a View without a function that the source lives and has told all.
+// A gateway.Client of a local provider is one.
+//
+// A source that knows addresses only, such as kube.Source, says Desired -2:
+// which of its names are functions, and how many replicas they shall have, is
+// then the provider's word alone. A Replica whose Since is zero is dated by the
+// watcher, when it first hears of it in its state.
 type Source interface {
 	Replicas(ctx context.Context) iter.Seq2[sheaf.View, error]
 }
@@ -62,6 +67,7 @@ type watched struct {
 	status  *types.FunctionStatus // of the provider; nil before it told
 	view    *sheaf.View           // of the source; nil before it told
 	former  []sheaf.Replica       // from the bucket, until the source tells
+	dated   []sheaf.Replica       // as they were written, or are about to be
 	missed  int                   // lists of the provider in a row that lack it
 	written Record                // what the bucket holds; Epoch 0: not known
 	erased  bool                  // the bucket holds nothing of it
@@ -205,7 +211,7 @@ func (w *Watcher) open(ctx context.Context, js jetstream.JetStream) error {
 		k := w.of(key)
 		var old Record
 		if e, err := kv.Get(ctx, key); err == nil && json.Unmarshal(e.Value(), &old) == nil {
-			k.former = old.Replicas
+			k.former, k.dated = old.Replicas, old.Replicas
 		}
 	}
 	w.forget()
@@ -278,6 +284,9 @@ func (w *Watcher) of(key string) *watched {
 	return k
 }
 
+// unknown is the Desired of a source that knows addresses only.
+const unknown = -2
+
 // seen takes over what the source told.
 func (w *Watcher) seen(v sheaf.View) {
 	switch {
@@ -285,7 +294,11 @@ func (w *Watcher) seen(v sheaf.View) {
 		for _, k := range w.known {
 			k.former = nil
 		}
-	case v.Desired < 0:
+	case v.Desired == unknown && len(v.Replicas) == 0:
+		if k := w.known[Key(v.Function)]; k != nil {
+			k.view, k.former = nil, nil
+		}
+	case v.Desired < 0 && v.Desired != unknown:
 		if k := w.known[Key(v.Function)]; k != nil {
 			k.view, k.status, k.former, k.missed = nil, nil, nil, goneAfter
 		}
@@ -327,12 +340,36 @@ func (k *watched) record(key string) (rec Record, ok bool) {
 	if k.status != nil {
 		rec.Desired = int(k.status.Replicas)
 	}
-	if k.view != nil {
+	told := k.view != nil && k.view.Desired != unknown // of the function itself
+	if told {
 		rec.Desired = k.view.Desired
-		rec.Replicas = slices.Clone(k.view.Replicas)
+	}
+	if k.view != nil {
+		rec.Replicas = k.date(k.view.Replicas)
 		order(rec.Replicas)
 	}
-	return rec, k.missed < goneAfter && (k.status != nil || k.view != nil)
+	return rec, k.missed < goneAfter && (k.status != nil || told)
+}
+
+// date returns replicas with the time since when they have been in their state:
+// what the source says, else what the record says, else now. Watchers that come
+// later, or look at the same time, so agree on ranks.
+func (k *watched) date(replicas []sheaf.Replica) []sheaf.Replica {
+	now := time.Now().UTC()
+	list := slices.Clone(replicas)
+	for i, r := range list {
+		if !r.Since.IsZero() {
+			continue
+		}
+		list[i].Since = now
+		for _, o := range k.dated {
+			if o.ID == r.ID && o.State == r.State {
+				list[i].Since = o.Since
+			}
+		}
+	}
+	k.dated = list
+	return slices.Clone(list)
 }
 
 // write brings the bucket up to date.
@@ -365,10 +402,6 @@ func (w *Watcher) write(ctx context.Context) error {
 func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	body, err := json.Marshal(rec)
-	if err != nil {
-		return err
-	}
 	k := w.known[key]
 	for {
 		epoch := k.written.Epoch
@@ -378,10 +411,13 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 			case err == nil:
 				var old Record
 				epoch = e.Revision()
-				if json.Unmarshal(e.Value(), &old) == nil && here && same(rec, old) {
-					k.written = rec
-					k.written.Epoch = epoch
-					return nil
+				if json.Unmarshal(e.Value(), &old) == nil && here {
+					k.dated = old.Replicas
+					if rec, _ = k.record(key); same(rec, old) {
+						k.written = rec
+						k.written.Epoch = epoch
+						return nil
+					}
 				}
 			case !errors.Is(err, jetstream.ErrKeyNotFound):
 				return err
@@ -389,7 +425,9 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 				return nil
 			}
 		}
+		body, err := json.Marshal(rec)
 		switch {
+		case err != nil:
 		case !here:
 			err = w.kv.Delete(ctx, key, jetstream.LastRevision(epoch))
 			epoch = 0

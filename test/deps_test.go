@@ -33,6 +33,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"direct":   {own: []string{"", "internal/http1", "internal/wire"}},
 	"gateway":  {own: []string{"", "internal/wire"}, modules: []string{"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk"}},
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},
+	"kube":     {own: []string{""}, modules: []string{"github.com/go-logr/logr", "k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "k8s.io/klog/v2"}},
 
 	// What wires adapters together.
 	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "registry"},
