@@ -105,10 +105,13 @@ func TestPath(t *testing.T) {
 		"worker.openfaas":    "/function/worker.openfaas",
 		"w/../../system/x":   "/function/w%2F..%2F..%2Fsystem%2Fx",
 		"w?x=1#y":            "/function/w%3Fx=1%23y",
-		"w HTTP/1.1\r\nA: b": "/function/w%20HTTP%2F1.1%0D%0AA:%20b",
+		"w HTTP/1.1\r\nA: b": "", // it stands in a header, too, and is refused
 	} {
 		for _, base := range []string{srv.URL, srv.URL + "/"} {
 			reply, err := open(t, base).Call(t.Context(), &sheaf.Request{Function: function, Body: []byte("x")})
+			if ce, ok := errors.AsType[*sheaf.CallError](err); want == "" && ok && ce.Fault == sheaf.FaultRejected {
+				continue
+			}
 			if err != nil {
 				t.Errorf("function %q: %v", function, err)
 			} else if got := string(reply.Body); got != want {
