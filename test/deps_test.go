@@ -28,16 +28,24 @@ var rooms = map[string]struct{ own, modules []string }{
 
 	"internal/routetest": {own: []string{"", "internal/wire"}},
 
+	// Only tests import it, and with it the server of NATS Streaming.
+	"internal/bustest": {own: []string{"broker"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go",
+		"github.com/nats-io/nats-server/v2", "github.com/nats-io/nats-streaming-server", "go.uber.org/goleak"}},
+
 	// Adapters, each to one neighbour.
 	"worker":   {own: []string{"", "internal/serve", "internal/wire"}},
 	"direct":   {own: []string{"", "internal/http1", "internal/wire"}},
 	"gateway":  {own: []string{"", "internal/wire"}, modules: []string{"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk"}},
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},
 	"kube":     {own: []string{""}, modules: []string{"github.com/go-logr/logr", "k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "k8s.io/klog/v2"}},
+	"broker":   {modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go"}},
 
 	// What wires adapters together.
 	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "registry"},
 		modules: []string{"github.com/nats-io/nats.go"}},
+	"connector": {own: []string{"", "broker", "gateway", "internal/serve", "internal/wire", "registry"},
+		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
+			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang"}},
 	"local": {own: []string{"", "gateway", "internal/wire", "registry"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/openfaas/faas-provider"}},
 
@@ -48,6 +56,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"functions/wordcount": {own: []string{""}},
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},
 	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},
+	"cmd/connector":       {own: []string{"connector"}},
 	"cmd/sheaf": {own: []string{"", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
 		modules: []string{"github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},

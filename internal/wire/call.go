@@ -167,6 +167,61 @@ func (c *Caller) Judge(req *sheaf.Request, resp *http.Response) (*sheaf.Reply, e
 	return &sheaf.Reply{Body: body, From: from, Verified: proved}, nil
 }
 
+// A Passed is the answer to a message that is no block.
+type Passed struct {
+	Status int // 200 to 299
+	Header http.Header
+	Body   []byte
+	From   string // ID of the replica, "" when it does not say
+}
+
+// Pass posts a message that is no block, with the given headers, and returns
+// the whole answer if its status is 200 to 299, or else a *sheaf.CallError. An
+// answer needs no digest, but one that it has must match.
+func (c *Caller) Pass(ctx context.Context, url string, header http.Header, body []byte) (*Passed, error) {
+	fail := func(f sheaf.Fault, status int, err error) (*Passed, error) {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			f = sheaf.FaultTimeout
+		}
+		return nil, &sheaf.CallError{Fault: f, Status: status, Err: err}
+	}
+	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
+	if err != nil {
+		return fail(sheaf.FaultRejected, 0, err)
+	}
+	if len(body) == 0 {
+		hr.Body, hr.ContentLength = http.NoBody, 0
+	}
+	hr.Header, hr.GetBody = header, nil
+	resp, err := c.HTTP.Do(hr)
+	if err != nil {
+		if isRefused(err) {
+			return fail(sheaf.FaultRefused, 0, err)
+		}
+		return fail(sheaf.FaultLost, 0, err)
+	}
+	defer resp.Body.Close()
+	from := resp.Header.Get(Replica)
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		return nil, judge(resp, from)
+	}
+	limit := c.MaxReply
+	if limit <= 0 {
+		limit = DefaultMaxReply
+	}
+	got, err := ReadBody(resp.Body, resp.ContentLength, limit)
+	switch {
+	case err != nil:
+		return fail(sheaf.FaultLost, resp.StatusCode, fmt.Errorf("answer was cut after %d bytes: %w", len(got), err))
+	case int64(len(got)) > limit:
+		return fail(sheaf.FaultRejected, resp.StatusCode, fmt.Errorf("answer is over the limit of %d bytes", limit))
+	}
+	if _, err := Check(resp.Header, got); err != nil {
+		return fail(sheaf.FaultLost, resp.StatusCode, fmt.Errorf("answer of %d bytes: %w", len(got), err))
+	}
+	return &Passed{Status: resp.StatusCode, Header: resp.Header, Body: got, From: from}, nil
+}
+
 // ReadBody reads a body that is said to be n bytes long, or any number when n
 // is negative, to its end, but no more than limit+1 bytes. What is said is not
 // trusted: memory is taken as bytes come, in doubling steps.

@@ -1,0 +1,254 @@
+package connector
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/sheaf-project/sheaf/broker"
+	"github.com/sheaf-project/sheaf/gateway"
+	"github.com/sheaf-project/sheaf/internal/serve"
+	"github.com/sheaf-project/sheaf/internal/wire"
+	"github.com/sheaf-project/sheaf/registry"
+)
+
+// Main runs the connector as a process, and ends it when it is told to. The
+// environment that it reads is in docs/CONNECTOR.md; a value that cannot be
+// ends it with exit code 2.
+func Main() {
+	d, err := read(os.Getenv, os.ReadFile)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
+	}
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	context.AfterFunc(ctx, cancel) // a second signal ends the process at once
+	err = d.run(ctx)
+	cancel()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// daemon is the process: a connector, the watcher beside it, and what both show.
+type daemon struct {
+	connector *Connector
+	broker    broker.Config
+	url       string // of NATS
+	options   broker.Options
+	listen    string
+	watch     bool
+	durable   bool
+	user      string
+	password  string
+	delimiter string
+	log       *slog.Logger
+}
+
+// read reads the environment.
+func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*daemon, error) {
+	v := serve.Vars{Getenv: getenv}
+	c := NewConnector()
+	d := &daemon{connector: c, log: slog.Default()}
+	expected := func(name, value, what string) error {
+		return fmt.Errorf("environment variable %s is %q; expected %s", name, wire.Cut(value), what)
+	}
+	var bad error // the first
+	fail := func(name, value, what string) {
+		if bad == nil {
+			bad = expected(name, value, what)
+		}
+	}
+	boolean := func(name string, def bool) bool {
+		switch s := getenv(name); s {
+		case "":
+			return def
+		case "true", "1":
+			return true
+		case "false", "0":
+			return false
+		default:
+			fail(name, s, "true, false, 1 or 0")
+			return def
+		}
+	}
+	positive := func(name string, def time.Duration) time.Duration {
+		n := v.Duration(name, def)
+		if n == 0 && v.Err == nil {
+			fail(name, getenv(name), "a duration over 0, such as 30s")
+		}
+		return n
+	}
+	c.Gateway = v.String("gateway_url", "http://gateway.openfaas:8080")
+	c.Async = boolean("asynchronous_invocation", false)
+	c.ContentType = v.String("content_type", "text/plain")
+	c.Rebuild = positive("rebuild_interval", DefaultRebuild)
+	c.Timeout = positive("upstream_timeout", DefaultTimeout)
+	c.Inflight = v.Int("max_inflight", DefaultInflight, 1, 1<<16)
+	c.Attempts = v.Int("retry_attempts", DefaultAttempts, 1, 1000)
+	c.MinWait = positive("retry_min_wait", DefaultMinWait)
+	c.MaxWait = positive("retry_max_wait", DefaultMaxWait)
+	c.Patience = positive("retry_unreachable", DefaultPatience)
+	c.Grace = positive("write_timeout", DefaultGrace)
+	c.MaxAnswer = int64(v.Int("max_answer", DefaultMaxAnswer, 1, 1<<40))
+	c.PrintResponse, c.PrintBody, c.PrintSync = boolean("print_response", false), boolean("print_response_body", false), boolean("print_sync", false)
+	d.delimiter = v.String("topic_delimiter", ",")
+	for t := range strings.SplitSeq(getenv("topics"), d.delimiter) {
+		if t = strings.TrimSpace(t); t == "" {
+			continue
+		}
+		if err := broker.CheckTopic(t); err != nil {
+			fail("topics", t, "topics such as orders.new or orders.*: "+err.Error())
+		}
+		c.Topics = append(c.Topics, t)
+	}
+
+	kind := broker.Type(v.String("broker_type", string(broker.Auto)))
+	known := false
+	for _, t := range broker.Types() {
+		known = known || t == kind
+	}
+	if !known {
+		fail("broker_type", string(kind), fmt.Sprintf("one of %v", broker.Types()))
+	}
+	d.broker = broker.Config{
+		Type: kind, Group: v.String("queue_group", broker.DefaultGroup), Cluster: v.String("broker_cluster", broker.DefaultCluster),
+		Stream: v.String("broker_stream", broker.DefaultStream), Dead: v.String("dead_letter", broker.DefaultDead),
+		AckWait: positive("ack_wait", broker.DefaultAckWait), Inflight: c.Inflight, Grace: c.Grace,
+	}
+	d.url = v.String("broker_host", v.String("nats_url", "nats://nats.openfaas:4222"))
+	if !strings.Contains(d.url, "://") {
+		if _, _, err := net.SplitHostPort(d.url); err != nil {
+			d.url = net.JoinHostPort(d.url, "4222")
+		}
+		d.url = "nats://" + d.url
+	}
+	d.options = broker.Options{Name: "sheaf connector " + getenv("HOSTNAME"), Credentials: getenv("nats_creds"), CA: getenv("nats_ca")}
+	for name, file := range map[string]string{"nats_creds": d.options.Credentials, "nats_ca": d.options.CA} {
+		if file != "" {
+			if _, err := readFile(file); err != nil {
+				fail(name, file, "the path of a file that can be read")
+			}
+		}
+	}
+	d.listen = v.String("sheaf_listen", fmt.Sprintf(":%d", v.Int("port", 8080, 1, 65535)))
+	if _, _, err := net.SplitHostPort(d.listen); err != nil {
+		fail("sheaf_listen", d.listen, "host:port, such as 127.0.0.1:8080")
+	}
+	d.watch, d.durable = boolean("watcher", true), boolean("watcher_durable", false)
+	if u, err := url.Parse(c.Gateway); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		fail("gateway_url", c.Gateway, "a URL such as http://gateway.openfaas:8080")
+	}
+	if boolean("basic_auth", false) {
+		folder := v.String("secret_mount_path", "/run/secrets/")
+		for name, into := range map[string]*string{"basic-auth-user": &d.user, "basic-auth-password": &d.password} {
+			text, err := readFile(filepath.Join(folder, name))
+			if err != nil {
+				fail("secret_mount_path", folder, "a folder with the files basic-auth-user and basic-auth-password, or basic_auth=false")
+			}
+			*into = strings.TrimSpace(string(text))
+		}
+	}
+	return d, errors.Join(v.Err, bad)
+}
+
+// run runs the process until ctx ends.
+func (d *daemon) run(ctx context.Context) error {
+	c := d.connector
+	nc, err := broker.Connect(d.url, d.options)
+	if err != nil { // the URL may hold a password
+		return fmt.Errorf("environment variable broker_host: %w", err)
+	}
+	defer nc.Close()
+	c.Conn = nc
+	c.Lookup = NewLookup(c.Gateway, d.delimiter, d.user, d.password)
+	defer c.Lookup.Close()
+	record, err := registry.Open(nc, d.log)
+	if err != nil {
+		return err
+	}
+	defer record.Close()
+	c.Resolver = record
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", d.listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	front := &http.Server{Handler: c.Front(record), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug)}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	broken := make(chan error, 1)
+	wg.Go(func() {
+		if err := front.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			broken <- fmt.Errorf("serve %s: %w", l.Addr(), err)
+		}
+	})
+	defer func() { _ = front.Close() }() // who watches it sees the end of the connection
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	wg.Go(func() {
+		select {
+		case err := <-broken:
+			cancel(err)
+		case <-ctx.Done():
+		}
+	})
+	d.log.Info("connector starts", "gateway", c.Gateway, "broker", redact(d.url), "type", d.broker.Type, "topics", c.Topics, "listen", l.Addr().String())
+	if d.watch {
+		api, err := gateway.NewClient(c.Gateway, d.user, d.password)
+		if err != nil {
+			return err
+		}
+		defer api.Close()
+		wg.Go(func() { d.watcher(ctx, nc, api) })
+	}
+	if err := c.Open(ctx, d.broker); err != nil {
+		if ctx.Err() != nil {
+			return nil // it was told to end before NATS was there
+		}
+		return err
+	}
+	defer c.Bus.Close()
+	c.Run(ctx)
+	_ = nc.FlushTimeout(5 * time.Second) // the last answers and outcomes; without NATS there is nothing to flush to
+	if err := context.Cause(ctx); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// watcher keeps the record of replicas, again and again.
+func (d *daemon) watcher(ctx context.Context, nc *nats.Conn, api *gateway.Client) {
+	told := false
+	for ctx.Err() == nil {
+		w := &registry.Watcher{Conn: nc, Provider: api, Source: api, Durable: d.durable, Log: d.log}
+		if err := w.Run(ctx); err != nil && ctx.Err() == nil && !told && nc.IsConnected() {
+			told = true
+			d.log.Warn("the record of replicas cannot be kept; trying again", "err", err)
+		}
+		sleep(ctx, time.Second)
+	}
+}
+
+// redact takes the password out of a URL.
+func redact(s string) string {
+	u, err := url.Parse(s)
+	if err != nil {
+		return ""
+	}
+	return u.Redacted()
+}
