@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http/httptest"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -138,13 +139,14 @@ func (r *Server) Publish(topic string, h nats.Header, bodies ...string) {
 		defer sc.Close()
 		send = func(body string) error {
 			if len(h) > 0 {
-				block := "NATS/1.0\r\n"
+				var block strings.Builder
+				block.WriteString("NATS/1.0\r\n")
 				for k, vs := range h {
 					for _, v := range vs {
-						block += k + ": " + v + "\r\n"
+						block.WriteString(k + ": " + v + "\r\n")
 					}
 				}
-				body = block + "\r\n" + body
+				body = block.String() + "\r\n" + body
 			}
 			return sc.Publish(topic, []byte(body))
 		}
