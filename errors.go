@@ -29,9 +29,9 @@ var (
 	// ErrMalformed comes, inside a [*RecordError], from a splitter whose input
 	// is not what it splits: a quote without an end, JSON that is cut.
 	ErrMalformed = errors.New("malformed input")
-	// ErrUnverified comes when a whole answer is required to be proved by a
-	// digest and carries none.
-	ErrUnverified = errors.New("answer carries no digest")
+	// ErrUnverified comes when an answer is required to be proved whole, by a
+	// digest or, where there is a key, by a signature, and is not.
+	ErrUnverified = errors.New("answer is not proved by a digest or a signature")
 	// ErrTooManyBlocks comes when an input makes more blocks than are allowed.
 	ErrTooManyBlocks = errors.New("too many blocks")
 )

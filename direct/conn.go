@@ -16,6 +16,7 @@ import (
 
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/internal/http1"
+	"github.com/sheaf-project/sheaf/internal/wire"
 )
 
 // inline is how long a message may be, in bytes, that is written by whoever
@@ -32,6 +33,7 @@ type call struct {
 	// Guarded by route.mu.
 	conn     *conn // that carries it
 	canceled bool
+	proof    wire.Proof // of the request that is being written
 }
 
 // cancel ends the call, unless it has ended.
@@ -91,14 +93,20 @@ func (c *conn) take(k *call) { c.call, k.conn, c.writing = k, c, true }
 // to wake for it.
 func (c *conn) send(k *call) {
 	if len(k.req.Body) <= inline/2 {
-		c.write(k.req)
+		c.write(k)
 	} else {
-		c.route.conns.Go(func() { c.write(k.req) })
+		c.route.conns.Go(func() { c.write(k) })
 	}
 }
 
-func (c *conn) write(req *sheaf.Request) {
-	b, unsent := c.route.caller.AppendHead(append(c.head[:0], c.host.start...), req, time.Now())
+func (c *conn) write(k *call) {
+	req := k.req
+	b, proof, unsent := c.route.caller.AppendHead(append(c.head[:0], c.host.start...), req, time.Now())
+	if proof.Signed() {
+		c.route.mu.Lock()
+		k.proof = proof
+		c.route.mu.Unlock()
+	}
 	b = append(b, "Content-Length: "...)
 	b = strconv.AppendInt(b, int64(len(req.Body)), 10)
 	b = append(b, "\r\n\r\n"...)
@@ -142,6 +150,7 @@ func (c *conn) serve() {
 			c.route.mu.Unlock()
 			return
 		}
+		proof := k.proof
 		c.route.mu.Unlock()
 		var reply *sheaf.Reply
 		var resp *http.Response
@@ -150,7 +159,7 @@ func (c *conn) serve() {
 		} else if resp, err = c.answers.Next(); err != nil {
 			err = lost(k.req, fmt.Errorf("the answer was cut or is not HTTP/1.1: %w", err))
 		} else {
-			reply, err = c.route.caller.Judge(k.req, resp)
+			reply, err = c.route.caller.Judge(k.req, proof, resp)
 		}
 		more, unsent := c.finish(resp != nil)
 		if unsent != nil {

@@ -75,6 +75,10 @@ func newHost(base string) (*host, error) {
 		start: "POST " + path + " HTTP/1.1\r\nHost: " + u.Host + "\r\nUser-Agent: sheaf\r\n"}, nil
 }
 
+// Sign makes the route sign what it sends and take signed answers only, unless
+// s is lax. It must come before the first Call.
+func (r *Route) Sign(s *wire.Signer) { r.caller.Signer = s }
+
 // Call posts the request to req.To's address. It fails with
 // sheaf.ErrNotAddressable when req names no replica, or one without a URL.
 func (r *Route) Call(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {

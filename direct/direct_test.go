@@ -95,3 +95,12 @@ func BenchmarkCall(b *testing.B) {
 		}
 	}
 }
+
+func TestSigned(t *testing.T) {
+	routetest.Signed(t, func(t *testing.T, url string, s *wire.Signer) (sheaf.Route, sheaf.Replica) {
+		r := direct.New(routetest.MaxReply)
+		r.Sign(s)
+		t.Cleanup(r.Close)
+		return r, sheaf.Replica{Function: routetest.Function, ID: "r1", URL: url, State: sheaf.Ready}
+	})
+}

@@ -31,6 +31,10 @@ func NewRoute(base string, maxReply int64) *Route {
 	}
 }
 
+// Sign makes the route sign what it sends and take signed answers only, unless
+// s is lax. It must come before the first Call.
+func (r *Route) Sign(s *wire.Signer) { r.caller.Signer = s }
+
 // Call posts the request to the function. It fails with
 // sheaf.ErrNotAddressable when req names a replica.
 func (r *Route) Call(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {

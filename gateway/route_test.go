@@ -17,6 +17,7 @@ import (
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/gateway"
 	"github.com/sheaf-project/sheaf/internal/routetest"
+	"github.com/sheaf-project/sheaf/internal/wire"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -39,6 +40,15 @@ func TestRoute(t *testing.T) {
 func TestRouteBare(t *testing.T) {
 	routetest.Run(t, func(t *testing.T, fn string) (sheaf.Route, sheaf.Replica) {
 		return open(t, fn), sheaf.Replica{}
+	})
+}
+
+func TestSigned(t *testing.T) {
+	routetest.Signed(t, func(t *testing.T, fn string, s *wire.Signer) (sheaf.Route, sheaf.Replica) {
+		r := gateway.NewRoute(front(t, fn), routetest.MaxReply)
+		r.Sign(s)
+		t.Cleanup(r.Close)
+		return r, sheaf.Replica{}
 	})
 }
 

@@ -25,7 +25,9 @@ import (
 // A Stack is all of it in one process: NATS with JetStream, a provider with a
 // gateway's front, the watcher and the record of replicas. It listens on
 // loopback only. Every function finds nats_url and gateway_url in its
-// environment.
+// environment, and a key to sign with, of which sheaf's functions make use.
+// They take what is not signed, too: people call them by hand, and functions
+// that know nothing of sheaf work beside them.
 type Stack struct {
 	URL      string // of the front
 	NATS     string // URL
@@ -123,7 +125,12 @@ func Start(cfg Config) (_ *Stack, err error) {
 		return nil, err
 	}
 	s.Front.Views = s.Registry
-	s.Provider.Env = map[string]string{"nats_url": s.NATS, "gateway_url": s.URL}
+	key, err := s.store.signingKey()
+	if err != nil {
+		return nil, fmt.Errorf("start: %w", err)
+	}
+	s.Provider.Env = map[string]string{"nats_url": s.NATS, "gateway_url": s.URL,
+		"sheaf_key_file": key, "sheaf_unsigned": "accept"}
 	if err := s.Provider.restore(); err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}

@@ -100,6 +100,8 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 		return nil, nil, err
 	}
 	straight, through := direct.New(maxResult), gateway.NewRoute(gatewayURL, maxResult)
+	straight.Sign(s.Signer)
+	through.Sign(s.Signer)
 	h.Resolver, h.AtLeast, h.Direct, h.Gateway = reg, reg.AtLeast, straight, through
 	s.Handler = h
 	return s, func() {

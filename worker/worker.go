@@ -53,6 +53,9 @@ type Handler struct {
 	// MaxTime is how long Func may take; 0 means as long as the caller waits.
 	MaxTime time.Duration
 	Log     *slog.Logger // nil means slog.Default
+
+	signer   *wire.Signer // nil when nothing is signed
+	function string       // that this is, for its signatures
 }
 
 var _ http.Handler = (*Handler)(nil)
@@ -86,7 +89,8 @@ func Reject(err error) error { return rejection{err} }
 // to. It reads the environment: port, max_inflight, exec_timeout (the longest
 // that f may take), read_timeout (for a block to arrive), write_timeout (for
 // running calls to end after SIGTERM), healthcheck_interval (how long new calls
-// are taken after SIGTERM), max_block (bytes).
+// are taken after SIGTERM), max_block (bytes), sheaf_key_file (a secret, with
+// which blocks and results are signed).
 func Main(f Func) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
 		s, err := Env(f, getenv)
@@ -107,6 +111,8 @@ func Env(f Func, getenv func(string) string) (*serve.Server, error) {
 		MaxBlock:    int64(v.Int("max_block", DefaultMaxBlock, 1, 1<<31-1)),
 		ReadTimeout: v.Duration("read_timeout", DefaultReadTimeout),
 		MaxTime:     v.Duration("exec_timeout", 0),
+		signer:      s.Signer,
+		function:    s.Function,
 	}
 	return s, v.Err
 }
@@ -118,7 +124,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	// Not every ResponseWriter can, so the error is not looked at, here and below.
 	_ = control.SetReadDeadline(begun.Add(h.patience()))
-	result, p := h.serve(w, r, begun)
+	result, proof, p := h.serve(w, r, begun)
 	if p != nil {
 		if r.Context().Err() == nil {
 			h.log().LogAttrs(r.Context(), slog.LevelDebug, "block refused", slog.String("job", wire.Cut(r.Header.Get(wire.Job))),
@@ -130,7 +136,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	head := w.Header()
 	head["Content-Type"] = []string{"application/octet-stream"}
 	head["Content-Length"] = []string{strconv.Itoa(len(result))}
-	head[wire.Digest] = []string{wire.Sum(result)}
+	digest := wire.Sum(result)
+	head[wire.Digest] = []string{digest}
+	if proof.Signed() {
+		head[wire.Signature] = []string{proof.Answer(head.Get(wire.Replica), digest)}
+	}
 	// A caller who does not read must not keep the replica busy for ever. The
 	// server lifts the deadline for the connection's next block.
 	_ = control.SetWriteDeadline(time.Now().Add(h.patience()))
@@ -151,24 +161,31 @@ func (h *Handler) log() *slog.Logger {
 	return slog.Default()
 }
 
-func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time) ([]byte, *wire.Problem) {
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time) (result []byte, proof wire.Proof, p *wire.Problem) {
 	if r.URL.Path != "/" && r.URL.Path != "" {
-		return nil, wire.Refuse(http.StatusNotFound, wire.CodeNotFound, "a worker takes blocks at / only")
+		return nil, proof, wire.Refuse(http.StatusNotFound, wire.CodeNotFound, "a worker takes blocks at / only")
 	}
 	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
-		return nil, wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod, "a worker takes blocks by POST only")
+		return nil, proof, wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod, "a worker takes blocks by POST only")
 	}
 	e, err := wire.Open(r.Header)
 	if err != nil {
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
+		return nil, proof, wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
+	}
+	if proof, p = h.signer.Verify(e, h.function, r.Header.Get(wire.Digest), r.Header[wire.Signature], begun); p != nil {
+		return nil, proof, p
 	}
 	data, p := h.read(w, r)
 	if p != nil {
-		return nil, p
+		return nil, proof, p
 	}
-	if _, err := wire.Check(r.Header, data); err != nil {
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeDamaged,
+	digested, err := wire.Check(r.Header, data)
+	if err == nil && proof.Signed() && !digested {
+		err = errors.New("its Content-Digest is none that we know")
+	}
+	if err != nil {
+		return nil, proof, wire.Refuse(http.StatusBadRequest, wire.CodeDamaged,
 			fmt.Sprintf("the block arrived damaged: %v; send it again", err))
 	}
 	ctx := context.WithValue(r.Context(), callKey{}, Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch})
@@ -184,9 +201,9 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time)
 		ctx, cancel = context.WithTimeout(ctx, limit)
 		defer cancel()
 	}
-	result, err := h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
+	result, err = h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
 	if err == nil {
-		return result, nil
+		return result, proof, nil
 	}
 	switch {
 	case errors.As(err, &rejection{}):
@@ -200,7 +217,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time)
 		p = wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error())
 	}
 	p.Job = e.Job
-	return nil, p
+	return nil, proof, p
 }
 
 var errPanicked = errors.New("the handler panicked; its log has the stack")

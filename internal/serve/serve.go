@@ -11,15 +11,18 @@
 package serve
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -46,6 +49,9 @@ type Server struct {
 	// Grace is how long running calls then have to end. 0 means 30 seconds.
 	Grace time.Duration
 	Log   *slog.Logger // nil means slog.Default
+	// Signer is for whoever signs or checks blocks and results; nil when they
+	// are not signed.
+	Signer *wire.Signer
 
 	inflight atomic.Int64
 	draining atomic.Bool
@@ -54,8 +60,9 @@ type Server struct {
 // Env reads a Server from a function's environment: port (8080) or
 // sheaf_listen (host:port), max_inflight, healthcheck_interval (2s; the
 // Linger), write_timeout (the Grace), OPENFAAS_NAME or sheaf_function,
-// sheaf_replica or HOSTNAME, and sheaf_version (that of the build). The error names the variable, its value and what
-// was expected.
+// sheaf_replica or HOSTNAME, sheaf_version (that of the build), and what
+// [Vars.Signer] reads. The error names the variable, its value and what was
+// expected.
 func Env(getenv func(string) string) (*Server, error) {
 	v := Vars{Getenv: getenv}
 	s := &Server{
@@ -70,6 +77,9 @@ func Env(getenv func(string) string) (*Server, error) {
 	s.Addr = v.String("sheaf_listen", s.Addr)
 	if _, _, err := net.SplitHostPort(s.Addr); err != nil {
 		v.fail("sheaf_listen", s.Addr, "host:port, such as 127.0.0.1:8080")
+	}
+	if s.Signer = v.Signer(); s.Signer != nil && s.Function == "" {
+		v.fail("sheaf_function", "", "the function's name, because sheaf_key_file is set and signatures are over it")
 	}
 	return s, v.Err
 }
@@ -131,6 +141,64 @@ func (v *Vars) Duration(name string, def time.Duration) time.Duration {
 		v.fail(name, s, "a duration such as 30s or 2m")
 	}
 	return d
+}
+
+// SecretFolder is where OpenFaaS mounts the secrets of a function, unless
+// secret_mount_path says otherwise.
+const SecretFolder = "/var/openfaas/secrets"
+
+// Secret returns what is in the file that the variable names, without the line
+// ends at its end, or nil when the variable is empty. A name without a slash is
+// that of a secret of the function. A file that is missing, empty or over 64
+// KiB is an error, which tells nothing of what is in it.
+func (v *Vars) Secret(name string) []byte {
+	path := v.Getenv(name)
+	if path == "" {
+		return nil
+	}
+	file := path
+	if !strings.Contains(path, "/") {
+		file = filepath.Join(v.String("secret_mount_path", SecretFolder), path)
+	}
+	const expected = "a file, or the name of a secret of the function, that can be read and is not empty"
+	f, err := os.Open(file)
+	if err != nil {
+		v.fail(name, path, expected)
+		return nil
+	}
+	defer f.Close()
+	const most = 64 << 10
+	secret, err := io.ReadAll(io.LimitReader(f, most+1))
+	secret = bytes.TrimRight(secret, "\r\n")
+	if err != nil || len(secret) == 0 || len(secret) > most {
+		v.fail(name, path, expected)
+		return nil
+	}
+	return secret
+}
+
+// Signer reads sheaf_key_file, the secret with which blocks and results are
+// signed (see [wire.ParseKeys]), sheaf_unsigned (refuse; accept, for
+// development, takes what is not signed, too) and OPENFAAS_NAMESPACE. It
+// returns nil when sheaf_key_file is empty.
+func (v *Vars) Signer() *wire.Signer {
+	unsigned := v.String("sheaf_unsigned", "refuse")
+	if unsigned != "refuse" && unsigned != "accept" {
+		v.fail("sheaf_unsigned", unsigned, "refuse or accept")
+	}
+	secret := v.Secret("sheaf_key_file")
+	if secret == nil {
+		return nil
+	}
+	s, err := wire.NewSigner(secret)
+	if err != nil {
+		v.fail("sheaf_key_file", v.Getenv("sheaf_key_file"),
+			"a file with a key of 16 bytes or more, or two on two lines while they rotate; "+err.Error())
+		return nil
+	}
+	s.Lax = unsigned == "accept"
+	s.Namespace = v.String("OPENFAAS_NAMESPACE", "openfaas-fn")
+	return s
 }
 
 // Main runs a function to its end: it makes the Server, listens until SIGTERM

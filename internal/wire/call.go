@@ -31,8 +31,11 @@ type Caller struct {
 	HTTP *http.Client
 	// MaxReply is how long an answer may be, in bytes; 0 means 64 MiB.
 	MaxReply int64
+	// Signer signs requests, and asks for signed answers; nil does neither.
+	Signer *Signer
 
 	proved sync.Map // of functions: an answer carried a digest
+	signed sync.Map // of functions: an answer was signed
 }
 
 // NewHTTP returns a client for calls to replicas: connections are kept alive,
@@ -58,16 +61,24 @@ func NewHTTP(perHost int) *http.Client {
 // AppendHead appends to b the header fields of the message that carries req,
 // but for those that tell where it goes (Host) and where it ends
 // (Content-Length). Each is a line with its carriage return and line feed. The
-// error says that req holds a name that no header can carry.
-func (c *Caller) AppendHead(b []byte, req *sheaf.Request, now time.Time) ([]byte, error) {
+// Proof is for Judge. The error says that req holds a name that no header can
+// carry.
+func (c *Caller) AppendHead(b []byte, req *sheaf.Request, now time.Time) ([]byte, Proof, error) {
+	e := Seal(req, now)
 	for _, name := range []string{req.Job, req.Function, req.To.ID} {
 		if strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == 0x7f }) {
-			return b, fmt.Errorf("name %q holds a control character, which no header can carry", Cut(name))
+			return b, Proof{}, fmt.Errorf("name %q holds a control character, which no header can carry", Cut(name))
 		}
 	}
-	b = Seal(req, now).Append(b)
+	b = e.Append(b)
 	b = append(b, "Content-Type: application/octet-stream\r\n"+Digest+": "...)
-	return append(appendSum(b, req.Body), "\r\n"...), nil
+	at := len(b)
+	b = appendSum(b, req.Body)
+	if c.Signer == nil {
+		return append(b, "\r\n"...), Proof{}, nil
+	}
+	signature, proof := c.Signer.Sign(e, req.Function, string(b[at:]), now)
+	return appendField(append(b, "\r\n"...), Signature, signature), proof, nil
 }
 
 // Post sends req to url and returns the answer, as Judge sees it.
@@ -75,7 +86,7 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 	fail := func(f sheaf.Fault, err error) (*sheaf.Reply, error) {
 		return nil, Late(ctx, &sheaf.CallError{Fault: f, From: req.To.ID, Err: err})
 	}
-	head, err := c.AppendHead(nil, req, time.Now())
+	head, proof, err := c.AppendHead(nil, req, time.Now())
 	if err != nil {
 		return fail(sheaf.FaultRejected, err)
 	}
@@ -99,7 +110,7 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 		return fail(sheaf.FaultLost, err)
 	}
 	defer resp.Body.Close()
-	reply, err := c.Judge(req, resp)
+	reply, err := c.Judge(req, proof, resp)
 	return reply, Late(ctx, err)
 }
 
@@ -113,15 +124,15 @@ func Late(ctx context.Context, err error) error {
 	return err
 }
 
-// Judge reads the answer to req and returns it, or a *sheaf.CallError. It does
-// not close resp.Body.
+// Judge reads the answer to req, of which AppendHead made proof, and returns it,
+// or a *sheaf.CallError. It does not close resp.Body.
 //
 // Status 200 alone is not trusted: through a watchdog or a proxy the answer of
 // a replica that died half-way looks like a clean 200 with a short body. The
 // digest that the replica put into the header decides. An answer without one
 // is taken, as unverified, only if its body is not empty and no answer of this
 // function was ever proved.
-func (c *Caller) Judge(req *sheaf.Request, resp *http.Response) (*sheaf.Reply, error) {
+func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*sheaf.Reply, error) {
 	fail := func(f sheaf.Fault, err error) (*sheaf.Reply, error) {
 		return nil, &sheaf.CallError{Fault: f, Status: resp.StatusCode, From: req.To.ID, Err: err}
 	}
@@ -150,6 +161,9 @@ func (c *Caller) Judge(req *sheaf.Request, resp *http.Response) (*sheaf.Reply, e
 		return fail(sheaf.FaultRejected, fmt.Errorf("answer is over the limit of %d bytes", limit))
 	}
 	proved, err := Check(resp.Header, body)
+	if err == nil && c.Signer != nil {
+		proved, err = c.check(req.Function, proof, resp.Header, proved)
+	}
 	switch {
 	case err != nil:
 		return fail(sheaf.FaultLost, fmt.Errorf("answer of %d bytes: %w", len(body), err))
@@ -222,6 +236,27 @@ func (c *Caller) Pass(ctx context.Context, url string, header http.Header, body 
 	return &Passed{Status: resp.StatusCode, Header: resp.Header, Body: got, From: from}, nil
 }
 
+// check looks at the signature of an answer whose digest is right, or was not
+// given. In signed mode only a signature proves an answer.
+func (c *Caller) check(function string, p Proof, h http.Header, digested bool) (proved bool, err error) {
+	signed, err := p.Check(c.Signer, h.Get(Replica), h.Get(Digest), h[Signature])
+	switch {
+	case err != nil:
+		return false, err
+	case signed && !digested:
+		return false, errForged
+	case signed:
+		if _, known := c.signed.Load(function); !known {
+			c.signed.Store(function, nil)
+		}
+		return true, nil
+	}
+	if _, others := c.signed.Load(function); others {
+		return false, fmt.Errorf("%w: others of this function are", errUnsigned)
+	}
+	return false, nil
+}
+
 // ReadBody reads a body that is said to be n bytes long, or any number when n
 // is negative, to its end, but no more than limit+1 bytes. What is said is not
 // trusted: memory is taken as bytes come, in doubling steps.
@@ -269,7 +304,7 @@ func judge(resp *http.Response, from string) error {
 		e.RetryAfter = retryAfter(resp.Header, time.Now())
 	case code == CodeDeadline:
 		e.Fault = sheaf.FaultTimeout
-	case code == CodeDamaged, code == CodeTruncated:
+	case code == CodeDamaged, code == CodeTruncated, code == CodeReplayed:
 		e.Fault = sheaf.FaultLost
 	case s == http.StatusBadGateway, s == http.StatusServiceUnavailable, s == http.StatusGatewayTimeout,
 		s == http.StatusRequestTimeout, s == http.StatusTooEarly, s < 400:

@@ -107,8 +107,8 @@ func (e Envelope) Append(b []byte) []byte {
 		b = appendNumber(b, Size, uint64(e.Size))
 		b = appendNumber(b, Epoch, e.Epoch)
 	}
-	if e.Left > 0 {
-		b = appendNumber(b, Deadline, uint64(max(1, e.Left.Milliseconds())))
+	if ms := e.left(); ms > 0 {
+		b = appendNumber(b, Deadline, uint64(ms))
 	}
 	return b
 }
@@ -119,6 +119,14 @@ func appendField(b []byte, key, value string) []byte {
 
 func appendNumber(b []byte, key string, n uint64) []byte {
 	return append(strconv.AppendUint(append(append(b, key...), ": "...), n, 10), "\r\n"...)
+}
+
+// left is Left as it travels, in milliseconds.
+func (e Envelope) left() int64 {
+	if e.Left <= 0 {
+		return 0
+	}
+	return max(1, e.Left.Milliseconds())
 }
 
 // Open reads the envelope from h. A request without Sheaf- headers is a plain
