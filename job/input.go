@@ -1,0 +1,212 @@
+package job
+
+// input.go stores inputs in pieces, and reads them.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	pieceBytes  = 512 << 10 // below NATS's default limit of 1 MiB, with headers
+	writesAhead = 4         // pieces of one input that are on their way to JetStream
+)
+
+// An Upload stores the input of a job that is about to be. Its pieces bear a
+// name of their own, so that two uploads for one ID do not meet.
+type Upload struct {
+	s      *Store
+	id     string
+	name   string
+	buf    []byte
+	pieces int
+	bytes  int64
+	done   bool
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	slots  chan struct{}
+	wg     sync.WaitGroup
+}
+
+// Upload begins an upload. It fails with ErrAway, or with ErrTooMany when no
+// job more may be queued. Submit or Abort ends it.
+func (s *Store) Upload(ctx context.Context, id, name string) (*Upload, error) {
+	if err := s.open(ctx); err != nil {
+		return nil, err
+	}
+	if n := s.pending(); n >= s.cfg.MaxQueued {
+		return nil, fmt.Errorf("%w: %d are, the limit", ErrTooMany, n)
+	}
+	u := &Upload{s: s, id: id, name: name, slots: make(chan struct{}, writesAhead)}
+	u.ctx, u.cancel = context.WithCancelCause(ctx)
+	return u, nil
+}
+
+// Bytes is how much was written.
+func (u *Upload) Bytes() int64 { return u.bytes }
+
+// Write stores a part of the input. Its error is ErrFull or ErrAway.
+func (u *Upload) Write(p []byte) (int, error) {
+	for rest := p; len(rest) > 0; {
+		if u.buf == nil {
+			u.buf = make([]byte, 0, pieceBytes)
+		}
+		n := min(len(rest), pieceBytes-len(u.buf))
+		u.buf = append(u.buf, rest[:n]...)
+		rest = rest[n:]
+		if len(u.buf) == pieceBytes {
+			u.send()
+		}
+	}
+	u.bytes += int64(len(p))
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return len(p), nil
+}
+
+func (u *Upload) send() {
+	piece, n := u.buf, u.pieces
+	u.buf = nil
+	u.pieces++
+	select {
+	case u.slots <- struct{}{}:
+	case <-u.ctx.Done():
+		return
+	}
+	u.wg.Go(func() {
+		defer func() { <-u.slots }()
+		u.s.cfg.Step("input.before")
+		// A minute is for JetStream; how slow the client is does not count.
+		ctx, cancel := context.WithTimeout(u.ctx, time.Minute)
+		defer cancel()
+		err := persist(ctx, func(ctx context.Context) error {
+			_, err := u.s.js.Publish(ctx, u.s.pieceSubject(u.id, u.name, n), piece)
+			return err
+		})
+		if err != nil {
+			u.cancel(fmt.Errorf("store the input: %w", err))
+		}
+		u.s.cfg.Step("input.after")
+	})
+}
+
+func (s *Store) pieceSubject(id, upload string, n int) string {
+	return inputSubject + s.space + id + "." + upload + "." + strconv.Itoa(n)
+}
+
+// Submit stores the job, after its input: it is queued, then, and will end.
+// When there is a job of this ID already, that one is returned, with existed
+// true, or ErrConflict if its Digest is another.
+func (u *Upload) Submit(ctx context.Context, r Record) (_ Record, existed bool, err error) {
+	if len(u.buf) > 0 {
+		u.send()
+	}
+	u.wg.Wait()
+	if u.ctx.Err() != nil {
+		return Record{}, false, context.Cause(u.ctx)
+	}
+	r.Input.Upload, r.Input.Pieces = u.name, u.pieces
+	r.ID, r.State, r.Created, r.Owner = u.id, Queued, time.Now().UTC(), u.s.cfg.Master
+	r.Revision = 0
+	u.s.cfg.Step("submit.before")
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	there := r
+	err = persist(ctx, func(ctx context.Context) (err error) {
+		if there, err = u.s.put(ctx, r); errors.Is(err, errExists) || taken(err) {
+			there, err = u.s.get(ctx, u.id) // another job's, or this one's after all
+		}
+		return err
+	})
+	u.s.cfg.Step("submit.after")
+	if err != nil {
+		u.Abort()
+		return Record{}, false, fmt.Errorf("store the job: %w", err)
+	}
+	if existed = there.Input.Upload != u.name; existed {
+		u.Abort()
+	}
+	u.cancel(nil)
+	u.done = true
+	if there.Digest != r.Digest {
+		err = fmt.Errorf("%w: job %s has another input or other parameters", ErrConflict, u.id)
+	}
+	return there, existed, err
+}
+
+// Abort drops what was uploaded. After Submit it does nothing.
+func (u *Upload) Abort() {
+	if u.done {
+		return
+	}
+	u.done = true
+	u.cancel(errors.New("upload aborted"))
+	u.wg.Wait()
+	u.s.dropInput(u.id, u.name)
+}
+
+// dropInput removes the pieces of an input that nobody will read any more;
+// those that cannot be removed go when their time is over.
+func (s *Store) dropInput(id, upload string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := s.inputs.Purge(ctx, jetstream.WithPurgeSubject(inputSubject+s.space+id+"."+upload+".>")); err != nil {
+		s.log.Debug("an input stays until its time is over", "job", id, "err", err)
+	}
+}
+
+// Input reads the input that was uploaded for a job. A piece that is missing
+// is ErrDamaged: its time was over, or JetStream has lost it.
+func (s *Store) Input(ctx context.Context, r Record) io.Reader {
+	return &pieces{s: s, ctx: ctx, r: r}
+}
+
+type pieces struct {
+	s    *Store
+	ctx  context.Context
+	r    Record
+	next int
+	rest []byte
+	got  int64
+}
+
+func (p *pieces) Read(b []byte) (int, error) {
+	for len(p.rest) == 0 {
+		if p.next == p.r.Input.Pieces {
+			if p.got != p.r.Input.Bytes {
+				return 0, fmt.Errorf("%w: its input has %d bytes, and had %d", ErrDamaged, p.got, p.r.Input.Bytes)
+			}
+			return 0, io.EOF
+		}
+		err := persist(p.ctx, func(ctx context.Context) error {
+			m, err := p.s.inputs.GetLastMsgForSubject(ctx, p.s.pieceSubject(p.r.ID, p.r.Input.Upload, p.next))
+			if errors.Is(err, jetstream.ErrMsgNotFound) {
+				return nil
+			}
+			if err == nil {
+				p.rest = m.Data
+			}
+			return err
+		})
+		if err != nil {
+			return 0, err
+		}
+		if len(p.rest) == 0 {
+			return 0, fmt.Errorf("%w: piece %d of its input is gone; inputs are kept for %v", ErrDamaged, p.next, p.s.cfg.InputTTL)
+		}
+		p.next++
+		p.got += int64(len(p.rest))
+	}
+	n := copy(b, p.rest)
+	p.rest = p.rest[n:]
+	return n, nil
+}
