@@ -71,6 +71,9 @@ type Record struct {
 	// What a final state came with.
 	Progress *Progress       `json:"progress,omitempty"`
 	Error    json.RawMessage `json:"error,omitempty"`
+	// Lacks says that some blocks have no result, and that the answer is what
+	// the others come to.
+	Lacks bool `json:"lacks,omitempty"`
 
 	// Revision of the record; the fence of whoever wrote it.
 	Revision uint64 `json:"-"`
@@ -91,16 +94,15 @@ type Input struct {
 // Progress counts the blocks of a job. The five states sum to Total, which
 // grows while the input is read if nobody could say before how many there are.
 type Progress struct {
-	Total    int     `json:"total"`
-	Queued   int     `json:"queued"`
-	Running  int     `json:"running"`
-	Done     int     `json:"done"`
-	Failed   int     `json:"failed"`
-	Stopped  int     `json:"stopped"` // neither done nor failed when the job ended
-	Attempts int     `json:"attempts"`
-	Replicas int     `json:"replicas"` // that gave results
-	Elapsed  float64 `json:"elapsed_ms"`
-	Epoch    int     `json:"-"`
+	Total      int `json:"total"`
+	Queued     int `json:"queued"`
+	Running    int `json:"running"`
+	Done       int `json:"done"`
+	Failed     int `json:"failed"`
+	Stopped    int `json:"stopped"` // neither done nor failed when the job ended
+	Attempts   int `json:"attempts"`
+	Replicas   int `json:"replicas"`   // that gave results
+	Unverified int `json:"unverified"` // results that no digest proved whole
 }
 
 // Errors. They come wrapped; test with errors.Is.

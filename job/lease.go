@@ -27,9 +27,8 @@ const (
 	beatsPerLease  = 5
 	othersWait     = 500 * time.Millisecond // before a job is taken that another master has accepted
 	commitsAtOnce  = 8                      // results of one job on their way to JetStream
-	progressEvery  = 100 * time.Millisecond
-	resultsAhead   = 8         // results that are read before they are needed
-	expiredFor     = time.Hour // how long a job whose results were dropped is remembered
+	resultsAhead   = 8                      // results that are read before they are needed
+	expiredFor     = time.Hour              // how long a job whose results were dropped is remembered
 	sweepEvery     = time.Second
 	handOverWithin = 2 * time.Second
 )
@@ -162,8 +161,6 @@ type Lease struct {
 	own    bool // a record of its own is on its way, which shall not fence it off; guarded by s.mu
 	ended  bool
 
-	mu      sync.Mutex // guards told, and the order of progress
-	told    time.Time
 	pending sync.WaitGroup
 	slots   chan struct{}
 }
@@ -318,15 +315,8 @@ func (l *Lease) commit(ctx context.Context, r sheaf.Result) error {
 	return l.put(ctx, "block."+strconv.Itoa(r.Index), append(append(line, '\n'), data...))
 }
 
-// Progress tells how far the run is, now and then: what comes too often is
-// dropped, unless it is last.
-func (l *Lease) Progress(ctx context.Context, p Progress, last bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !last && time.Since(l.told) < progressEvery {
-		return
-	}
-	l.told = time.Now()
+// Progress tells how far the run is. It is no loss when that fails.
+func (l *Lease) Progress(ctx context.Context, p Progress) {
 	body, err := json.Marshal(p)
 	if err == nil {
 		short, cancel := context.WithTimeout(ctx, time.Second)
@@ -336,6 +326,24 @@ func (l *Lease) Progress(ctx context.Context, p Progress, last bool) {
 	if err != nil {
 		l.s.log.Debug("progress of a job is not told", "job", l.rec.ID, "err", err)
 	}
+}
+
+// Keep stores something about the job beside its results, which Kept reads.
+func (l *Lease) Keep(ctx context.Context, data []byte) error { return l.put(ctx, "kept", data) }
+
+// Kept returns what Keep has stored for a job, or nil.
+func (s *Store) Kept(ctx context.Context, id string) (data []byte, err error) {
+	err = persist(ctx, func(ctx context.Context) error {
+		e, err := s.kv.Get(ctx, s.key(id, "kept"))
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			return nil
+		}
+		if err == nil {
+			data = e.Value()
+		}
+		return err
+	})
+	return data, err
 }
 
 // Wait waits until every Commit so far is stored.
@@ -510,7 +518,7 @@ func (s *Store) sweep(ctx context.Context) {
 // older than that record: the ID may be another job's by now.
 func (s *Store) dropResults(ctx context.Context, r Record) {
 	s.dropInput(r.ID, r.Input.Upload)
-	for _, what := range []string{"block.*", "part.>", "progress"} {
+	for _, what := range []string{"block.*", "part.>", "progress", "kept"} {
 		short, cancel := context.WithTimeout(ctx, 5*time.Second)
 		err := s.stream.Purge(short, jetstream.WithPurgeSubject(subjects+s.key(r.ID, what)), jetstream.WithPurgeSequence(r.Revision))
 		cancel()

@@ -207,6 +207,16 @@ func (s *Store) open(ctx context.Context) error {
 	}
 }
 
+// Ready says whether the store could be asked just now.
+func (s *Store) Ready() bool {
+	select {
+	case <-s.ready:
+		return s.nc.IsConnected()
+	default:
+		return false
+	}
+}
+
 // follow keeps the copy of the records, whatever happens to NATS.
 func (s *Store) follow(ctx context.Context) {
 	for wait := 5 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, time.Second) {
@@ -554,7 +564,7 @@ func (s *Store) Redrive(ctx context.Context, id string) (Record, error) {
 		}
 		at = time.Now()
 		r.State, r.Owner, r.Redrives = Queued, "", r.Redrives+1
-		r.Finished, r.Expires, r.Error, r.Progress = time.Time{}, time.Time{}, nil, nil
+		r.Started, r.Finished, r.Expires, r.Error, r.Progress, r.Lacks = time.Time{}, time.Time{}, time.Time{}, nil, nil, false
 		return true, nil
 	})
 }

@@ -107,6 +107,9 @@ func (a *asyncQueue) accept(w http.ResponseWriter, r *http.Request, name, addres
 	start := strconv.FormatInt(now.UnixNano(), 10)
 	c.Header.Set("X-Call-Id", id)
 	c.Header.Set("X-Start-Time", start)
+	if c.Header.Get("Idempotency-Key") == "" { // an attempt may come twice, and a function may care
+		c.Header.Set("Idempotency-Key", id)
+	}
 	if _, has := c.Header["User-Agent"]; !has {
 		c.Header.Set("User-Agent", "") // Go would set its own
 	}

@@ -26,32 +26,33 @@ import (
 )
 
 // A form runs a job and writes its answer.
-type form func(j *job, ctx context.Context, w http.ResponseWriter)
-
-// The media types of the forms, the default first.
-var forms = []struct {
+type form struct {
 	media string
-	form  form
-}{
-	{"text/plain", func(j *job, ctx context.Context, w http.ResponseWriter) {
+	lines bool // of which a part is a part of the whole
+	write func(j *job, ctx context.Context, w http.ResponseWriter)
+}
+
+// The forms, the default first.
+var forms = []*form{
+	{"text/plain", false, func(j *job, ctx context.Context, w http.ResponseWriter) {
 		if j.output == "json" { // asked for by one who cannot set headers
 			j.json(ctx, w)
 			return
 		}
 		j.whole(ctx, w, "text/plain; charset=utf-8", Answer.WriteText)
 	}},
-	{"application/json", (*job).json},
-	{"application/x-ndjson", (*job).lines},
-	{"text/event-stream", (*job).events},
+	{"application/json", false, (*job).json},
+	{"application/x-ndjson", true, (*job).lines},
+	{"text/event-stream", false, (*job).events},
 }
 
 // negotiate picks the form by the Accept header (RFC 9110, section 12.5.1): the
 // one of the highest quality, the more usual one of equals.
-func negotiate(accept []string) (form, *wire.Problem) {
+func negotiate(accept []string) (*form, *wire.Problem) {
 	if strings.TrimSpace(strings.Join(accept, "")) == "" {
-		return forms[0].form, nil
+		return forms[0], nil
 	}
-	best, quality := form(nil), 0.0
+	best, quality := (*form)(nil), 0.0
 	for _, f := range forms {
 		q, specific := 0.0, -1
 		for item := range strings.SplitSeq(strings.Join(accept, ","), ",") {
@@ -77,7 +78,7 @@ func negotiate(accept []string) (form, *wire.Problem) {
 			}
 		}
 		if q > quality {
-			best, quality = f.form, q
+			best, quality = f, q
 		}
 	}
 	if best == nil {
@@ -107,9 +108,22 @@ func (m *measure) Write(p []byte) (int, error) {
 	return m.sum.Write(p)
 }
 
-// whole sends the merged answer when it is complete, or a refusal.
+// headers tells what was measured.
+func (m *measure) headers(h http.Header, media string) {
+	h.Set("Content-Type", media)
+	h.Set("Content-Length", strconv.FormatInt(m.n, 10))
+	h.Set(wire.Digest, "sha-256=:"+base64.StdEncoding.EncodeToString(m.sum.Sum(nil))+":")
+	h.Set("X-Content-Type-Options", "nosniff")
+}
+
+// whole sends the merged answer when it is complete, or lacks no more than may
+// be lacking, or a refusal.
 func (j *job) whole(ctx context.Context, w http.ResponseWriter, media string, write func(Answer, io.Writer) error) {
 	answer, err := j.merge(j.results(ctx))
+	lacks, over, err := j.lacking(err)
+	if j.tolerate.given && media == "application/json" {
+		write = beside(lacks, write)
+	}
 	m := measure{sum: sha256.New()}
 	if err == nil {
 		err = j.guard(func() error { return write(answer, &m) })
@@ -120,11 +134,58 @@ func (j *job) whole(ctx context.Context, w http.ResponseWriter, media string, wr
 	}
 	h := w.Header()
 	j.numbers(h)
-	h.Set("Content-Type", media)
-	h.Set("Content-Length", strconv.FormatInt(m.n, 10))
-	h.Set(wire.Digest, "sha-256=:"+base64.StdEncoding.EncodeToString(m.sum.Sum(nil))+":")
-	h.Set("X-Content-Type-Options", "nosniff")
+	if lacks != nil {
+		h.Set(wire.Missing, indexes(lacks))
+	}
+	m.headers(h, media)
+	if over {
+		j.fail(ctx, lacks)
+		h.Set(wire.Code, "blocks_failed")
+		w.WriteHeader(http.StatusFailedDependency)
+	}
 	_ = write(answer, w) // the client sees by its length what it got
+}
+
+// mostNamed is how many blocks without a result an answer names.
+const mostNamed = 1000
+
+// beside writes the answer as a member of an object that also names the blocks
+// that it lacks.
+func beside(lacks *sheaf.PartialError, write func(Answer, io.Writer) error) func(Answer, io.Writer) error {
+	list := []missing{}
+	if lacks != nil {
+		list = missingOf(lacks, mostNamed)
+	}
+	return func(answer Answer, w io.Writer) error {
+		names, err := json.Marshal(list)
+		if err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintf(w, `{"missing": %s, "answer": `, names); err != nil {
+			return err
+		}
+		if err := write(answer, w); err != nil {
+			return err
+		}
+		_, err = io.WriteString(w, "}\n")
+		return err
+	}
+}
+
+// indexes lists blocks for a header.
+func indexes(e *sheaf.PartialError) string {
+	var b strings.Builder
+	for n, m := range e.Missing {
+		if n == mostNamed {
+			b.WriteString(",...")
+			break
+		}
+		if n > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(strconv.Itoa(m.Index))
+	}
+	return b.String()
 }
 
 // fail notes that the job has no answer, and why.
@@ -152,6 +213,15 @@ type blockLine struct {
 	Result   json.RawMessage `json:"result"`
 }
 
+// line is what is told of one block's result.
+func (j *job) line(r sheaf.Result) (blockLine, error) {
+	var result json.RawMessage
+	if err := j.guard(func() (err error) { result, err = j.h.Job.Line(r, j.mayCut()); return err }); err != nil {
+		return blockLine{}, badResult(r, err)
+	}
+	return blockLine{r.Index, r.Offset, r.Bytes, r.From, r.Attempts, inMilliseconds(r.Elapsed), r.Verified, result}, nil
+}
+
 // summary ends application/x-ndjson and text/event-stream: without it the
 // stream was cut.
 type summary struct {
@@ -163,10 +233,20 @@ type summary struct {
 	Unverified int     `json:"unverified"`
 	Elapsed    float64 `json:"elapsed_ms"`
 	Done       bool    `json:"done"`
+	// Missing lists the blocks that the answer lacks, where that is tolerated.
+	Missing []missing `json:"missing,omitempty"`
 }
 
-func (j *job) summary(done bool) summary {
-	return summary{j.group.Job, j.done, j.up.received(), j.split.Size, len(j.from), j.unverified, inMilliseconds(j.elapsed()), done}
+func (j *job) summary(lacks *sheaf.PartialError) summary {
+	s := summary{Job: j.group.Job, Blocks: j.done, Bytes: j.up.received(), BlockSize: j.split.Size, Replicas: len(j.from),
+		Unverified: j.unverified, Elapsed: inMilliseconds(j.elapsed()), Done: true}
+	if j.sum != nil {
+		s = *j.sum
+	}
+	if lacks != nil {
+		s.Missing = missingOf(lacks, mostNamed)
+	}
+	return s
 }
 
 func inMilliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -195,22 +275,30 @@ func (j *job) lines(ctx context.Context, w http.ResponseWriter) {
 			if err != nil {
 				return err
 			}
-			var result json.RawMessage
-			if err := j.guard(func() (err error) { result, err = j.h.Job.Line(r, j.mayCut()); return err }); err != nil {
-				return badResult(r, err)
+			line, err := j.line(r)
+			if err != nil {
+				return err
 			}
 			sent = true
-			if err := enc.Encode(blockLine{r.Index, r.Offset, r.Bytes, r.From, r.Attempts,
-				inMilliseconds(r.Elapsed), r.Verified, result}); err != nil {
+			if err := enc.Encode(line); err != nil {
 				return err
 			}
 			_ = control.Flush() // a client that left ends ctx
 		}
 		return nil
 	}()
+	lacks, over, err := j.lacking(err)
+	if lacks != nil {
+		for _, m := range missingOf(lacks, len(lacks.Missing)) {
+			_ = enc.Encode(m) // as above
+		}
+		if over {
+			sent, err = true, lacks
+		}
+	}
 	switch {
 	case err == nil:
-		_ = enc.Encode(j.summary(true)) // as above
+		_ = enc.Encode(j.summary(lacks)) // as above
 	case !sent:
 		j.refuse(ctx, w, err)
 	default:
@@ -260,6 +348,7 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 	}
 	answer, err := j.merge(watched(j.results(ctx)))
 	stop()
+	lacks, over, err := j.lacking(err)
 	if err == nil {
 		write := Answer.WriteText
 		if j.output == "json" {
@@ -269,12 +358,15 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 			return j.guard(func() error { return write(answer, w) })
 		})
 	}
+	if over && err == nil {
+		err = lacks
+	}
 	if err != nil {
 		j.fail(ctx, err)
 		out.json("error", j.problem(err))
 		return
 	}
-	out.json("done", j.summary(true))
+	out.json("done", j.summary(lacks))
 }
 
 // eventWriter writes server-sent events (WHATWG HTML, section 9.2). It is used

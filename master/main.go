@@ -1,12 +1,19 @@
 package master
 
 import (
+	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
 	"os"
+	"regexp"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -16,6 +23,7 @@ import (
 	"github.com/sheaf-project/sheaf/gateway"
 	"github.com/sheaf-project/sheaf/internal/serve"
 	"github.com/sheaf-project/sheaf/internal/wire"
+	jobs "github.com/sheaf-project/sheaf/job"
 	"github.com/sheaf-project/sheaf/registry"
 )
 
@@ -34,6 +42,17 @@ import (
 //	read_timeout     how long an upload may stall
 //	replica_wait     how long blocks wait while no replica is ready
 //	replica_inflight requests in flight on one replica, over all jobs; 8
+//
+// and, for jobs that outlive their callers (docs/JOBS.md):
+//
+//	max_queued       jobs that wait or run, over all masters; 1000
+//	parallel_jobs    that this master runs at once; 4
+//	max_job_input, max_job_result  bytes of one job's upload, and of its results; 1 GiB
+//	max_job_blocks   of one job; 100,000
+//	job_ttl          how long a job is kept after its end; 24h
+//	job_input_ttl    how long an input is kept at most; 168h
+//	job_store_bytes, job_input_bytes  in JetStream, over all jobs; 1 GiB and 4 GiB
+//	job_lease        how long a master may be silent before others take its jobs; 1200ms
 func Main(job Job) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
 		return Env(job, getenv)
@@ -70,6 +89,16 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 		Turns:       &sheaf.Turns{PerReplica: v.Int("replica_inflight", sheaf.DefaultTurnsPerReplica, 1, 1<<20)},
 		Log:         slog.Default(),
 	}
+	h.MaxJobInput = int64(v.Int("max_job_input", DefaultMaxJobInput, 1, most))
+	h.MaxJobResult = int64(v.Int("max_job_result", DefaultMaxJobResult, 1, most))
+	h.MaxJobBlocks = v.Int("max_job_blocks", DefaultMaxJobBlocks, 1, 1<<30)
+	kept := jobs.Config{
+		Function: self, Master: s.Replica + "-" + rand.Text()[:8],
+		MaxQueued: v.Int("max_queued", 1000, 1, 1<<30), Parallel: v.Int("parallel_jobs", 4, 1, 1<<20),
+		ResultTTL: v.Duration("job_ttl", 24*time.Hour), InputTTL: v.Duration("job_input_ttl", 7*24*time.Hour),
+		StoreBytes: int64(v.Int("job_store_bytes", 1<<30, 1<<20, most)), InputBytes: int64(v.Int("job_input_bytes", 4<<30, 1<<20, most)),
+		Lease: v.Duration("job_lease", 1200*time.Millisecond), Log: h.Log,
+	}
 	s.MaxInflight = v.Int("max_jobs", 100, 1, 1<<20)
 	// A block that is one word, or all different short ones, has a result that
 	// is longer than it is itself.
@@ -99,15 +128,57 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 		nc.Close()
 		return nil, nil, err
 	}
+	if kept.Step, err = killAt(v.String("sheaf_kill_at", "")); err == nil {
+		h.Jobs, err = jobs.Open(nc, kept)
+	}
+	if err != nil {
+		reg.Close()
+		nc.Close()
+		return nil, nil, err
+	}
 	straight, through := direct.New(maxResult), gateway.NewRoute(gatewayURL, maxResult)
 	straight.Sign(s.Signer)
 	through.Sign(s.Signer)
 	h.Resolver, h.AtLeast, h.Direct, h.Gateway = reg, reg.AtLeast, straight, through
 	s.Handler = h
+	running, leave := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { h.RunJobs(running) })
 	return s, func() {
+		leave()
+		wg.Wait()
+		h.Jobs.Close()
 		reg.Close()
 		nc.Close()
 		straight.Close()
 		through.Close()
+	}, nil
+}
+
+var killForm = regexp.MustCompile(`^([a-z]+\.(?:before|after)):([1-9][0-9]{0,5}):(/.+)$`)
+
+// killAt returns a hook that ends this process as kill -9 does when it comes to
+// a step for the n-th time, as in "block.after:3:/tmp/mark". It does so once:
+// it makes the file, and does nothing when that is there. It is for tests that
+// masters die at the worst of times; "" is no hook.
+func killAt(value string) (func(string), error) {
+	if value == "" {
+		return nil, nil
+	}
+	m := killForm.FindStringSubmatch(value)
+	if m == nil {
+		return nil, fmt.Errorf("environment variable sheaf_kill_at is %q; expected a step, a number and a file, such as block.after:3:/tmp/mark", wire.Cut(value))
+	}
+	n, _ := strconv.ParseInt(m[2], 10, 64) // digits, by the pattern
+	var passed atomic.Int64
+	return func(step string) {
+		if step != m[1] || passed.Add(1) != n {
+			return
+		}
+		if f, err := os.OpenFile(m[3], os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600); err == nil {
+			_ = f.Close() // it was made, which is all
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
 	}, nil
 }

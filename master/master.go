@@ -21,10 +21,12 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/internal/wire"
+	jobs "github.com/sheaf-project/sheaf/job"
 )
 
 // An Answer is what the results of a job's blocks are merged into. It is used
@@ -63,6 +65,10 @@ const (
 	DefaultMaxWorkers = 1000
 	DefaultMemory     = 16 << 20 // bytes
 	DefaultPatience   = time.Minute
+
+	DefaultMaxJobInput  = 1 << 30 // bytes
+	DefaultMaxJobResult = 1 << 30 // bytes
+	DefaultMaxJobBlocks = 100_000
 )
 
 // A Handler is a master as an http.Handler. Job, Function, Resolver and Direct
@@ -95,7 +101,16 @@ type Handler struct {
 	// Turns bounds what is in flight on a replica over all jobs, which take
 	// turns; nil means no bound but each job's own.
 	Turns *sheaf.Turns
-	Log   *slog.Logger // nil means slog.Default
+	// Jobs keeps the jobs that are to outlive this process, and RunJobs runs
+	// them; nil means that there are none.
+	Jobs *jobs.Store
+	// MaxJobInput and MaxJobResult are bytes of one such job: of its upload, and
+	// of the results of its blocks; 0 means 1 GiB each. MaxJobBlocks is how many
+	// blocks it may have; 0 means 100,000.
+	MaxJobInput, MaxJobResult int64
+	MaxJobBlocks              int
+
+	Log *slog.Logger // nil means slog.Default
 }
 
 var _ http.Handler = (*Handler)(nil)
@@ -108,8 +123,13 @@ func (h *Handler) withDefaults() *Handler {
 	}
 	for p, n := range map[*int]int{
 		&c.MaxBlock: DefaultMaxBlock, &c.MaxBlocks: DefaultMaxBlocks,
-		&c.MaxWorkers: DefaultMaxWorkers, &c.Memory: DefaultMemory,
+		&c.MaxWorkers: DefaultMaxWorkers, &c.Memory: DefaultMemory, &c.MaxJobBlocks: DefaultMaxJobBlocks,
 	} {
+		if *p <= 0 {
+			*p = n
+		}
+	}
+	for p, n := range map[*int64]int64{&c.MaxJobInput: DefaultMaxJobInput, &c.MaxJobResult: DefaultMaxJobResult} {
 		if *p <= 0 {
 			*p = n
 		}
@@ -127,12 +147,19 @@ func (h *Handler) withDefaults() *Handler {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	begun := time.Now()
 	h = h.withDefaults()
+	if h.Jobs != nil && (strings.HasPrefix(r.URL.Path, "/jobs/") || r.URL.Path == "/jobs") {
+		h.jobs(w, r)
+		return
+	}
 	form, p := h.admit(w, r)
+	if p == nil && h.durable(w, r, form) {
+		return
+	}
 	if p != nil {
 		refuse(w, r, p)
 		return
 	}
-	up := openUpload(w, r, h.MaxInput, h.Patience)
+	up := openUpload(w, r, inputLimit{h.MaxInput, "max_input"}, h.Patience)
 	defer up.close()
 	j, p := h.prepare(r, up)
 	if p != nil {
@@ -148,7 +175,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		defer cancel()
 	}
 	w.Header().Set(wire.Job, j.group.Job)
-	form(j, ctx, w)
+	form.write(j, ctx, w)
 	h.Log.LogAttrs(ctx, slog.LevelInfo, "job ended", slog.String("job", j.group.Job),
 		slog.String("function", j.group.Function), slog.Int("blocks", j.done), slog.Int("replicas", len(j.from)),
 		slog.Int64("bytes", up.received()), slog.Duration("elapsed", j.elapsed()), slog.Bool("ok", !j.failed))
@@ -161,7 +188,7 @@ var errJobTimeout = errors.New("the job's time is over")
 
 // admit refuses what can be refused before the body is looked at, and says in
 // which form the answer is wanted.
-func (h *Handler) admit(w http.ResponseWriter, r *http.Request) (form, *wire.Problem) {
+func (h *Handler) admit(w http.ResponseWriter, r *http.Request) (*form, *wire.Problem) {
 	if n := len(r.RequestURI); n > maxURI {
 		return nil, wire.Refuse(http.StatusRequestURITooLong, "uri_too_long",
 			fmt.Sprintf("the URL is %d bytes long, and may be %d; send the input as the body", n, maxURI)).Within(maxURI)
@@ -182,14 +209,22 @@ const maxURI = 8 << 10
 
 // A job is one upload on its way.
 type job struct {
-	h       *Handler
-	group   sheaf.Group
-	split   sheaf.Splitter
-	up      *upload
-	length  int64 // of the input, -1 when it is not known
-	output  string
-	timeout time.Duration
-	begun   time.Time
+	h        *Handler
+	group    sheaf.Group
+	split    sheaf.Splitter
+	up       *upload
+	params   params
+	length   int64 // of the input, -1 when it is not known
+	output   string
+	timeout  time.Duration
+	workers  int // that it asks for, 0 when it does not
+	tolerate tolerance
+	begun    time.Time
+	took     time.Duration // of a job that is over
+	// source yields the results of a job that is over; nil means to scatter.
+	source func(context.Context) iter.Seq2[sheaf.Result, error]
+	sum    *summary // of a job that is over
+	stored []int    // blocks whose results source yields
 
 	done       int // blocks that have a result
 	bytes      int64
@@ -198,7 +233,12 @@ type job struct {
 	failed     bool
 }
 
-func (j *job) elapsed() time.Duration { return time.Since(j.begun) }
+func (j *job) elapsed() time.Duration {
+	if j.took > 0 {
+		return j.took
+	}
+	return time.Since(j.begun)
+}
 
 // mayCut says whether a block may begin or end within a line.
 func (j *job) mayCut() bool {
@@ -208,7 +248,13 @@ func (j *job) mayCut() bool {
 // results scatters the blocks, and counts what comes back.
 func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
 	return func(yield func(sheaf.Result, error) bool) {
-		for r, err := range j.group.Scatter(ctx, j.blocks()) {
+		source := j.source
+		if source == nil {
+			source = func(ctx context.Context) iter.Seq2[sheaf.Result, error] {
+				return j.group.Scatter(ctx, j.blocks(j.up))
+			}
+		}
+		for r, err := range source(ctx) {
 			if err != nil {
 				j.up.leave() // Scatter waits for whoever reads the upload
 				if cause := context.Cause(ctx); errors.Is(cause, errJobTimeout) {
@@ -233,13 +279,13 @@ func (j *job) results(ctx context.Context) iter.Seq2[sheaf.Result, error] {
 	}
 }
 
-// blocks splits the upload.
-func (j *job) blocks() iter.Seq2[sheaf.Block, error] {
+// blocks splits the input.
+func (j *job) blocks(input io.Reader) iter.Seq2[sheaf.Block, error] {
 	if j.h.Job.Split == nil {
-		return j.split.Split(j.up)
+		return j.split.Split(input)
 	}
 	return func(yield func(sheaf.Block, error) bool) {
-		in := &reading{r: j.up}
+		in := &reading{r: input}
 		next, offset := 0, int64(0)
 		left := false
 		err := j.guard(func() error {
@@ -302,7 +348,8 @@ func (r *reading) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// merge merges results, in block order, as they come.
+// merge merges results, in block order, as they come. Beside a
+// *sheaf.PartialError it returns what the blocks come to that are there.
 func (j *job) merge(results iter.Seq2[sheaf.Result, error]) (Answer, error) {
 	var answer Answer
 	if err := j.guard(func() error { answer = j.h.Job.New(); return nil }); err != nil {
@@ -310,7 +357,7 @@ func (j *job) merge(results iter.Seq2[sheaf.Result, error]) (Answer, error) {
 	}
 	for r, err := range sheaf.InOrder(results) {
 		if err != nil {
-			return nil, err
+			return answer, err
 		}
 		if err := j.guard(func() error { return answer.Add(r) }); err != nil {
 			return nil, badResult(r, err)
@@ -357,6 +404,27 @@ type missing struct {
 	Bytes    int    `json:"bytes"`
 	Attempts int    `json:"attempts"`
 	Error    string `json:"error"`
+}
+
+// missingOf lists the first blocks without a result.
+func missingOf(e *sheaf.PartialError, most int) []missing {
+	list := make([]missing, 0, min(len(e.Missing), most))
+	for _, m := range e.Missing[:cap(list)] {
+		list = append(list, missing{m.Index, m.Offset, m.Bytes, m.Attempts, m.Err.Error()})
+	}
+	return list
+}
+
+// lacking returns why an answer lacks blocks that may be lacking in it: e is
+// nil when it lacks none, and over says that it lacks more than may be. An err
+// that has other reasons is returned as it is.
+func (j *job) lacking(err error) (e *sheaf.PartialError, over bool, _ error) {
+	e, ok := errors.AsType[*sheaf.PartialError](err)
+	if !ok || !j.tolerate.given || len(e.Stopped) > 0 {
+		return nil, false, err
+	}
+	total := max(e.Total, e.Done+len(e.Missing))
+	return e, !j.tolerate.allows(total-e.Done, total), nil
 }
 
 // problem makes a refusal of whatever ended the job.
@@ -406,11 +474,7 @@ func (j *job) classify(err error) *wire.Problem {
 	}
 	if e, ok := errors.AsType[*sheaf.PartialError](err); ok {
 		p := wire.Refuse(http.StatusFailedDependency, "blocks_failed", e.Error())
-		list := make([]missing, 0, min(len(e.Missing), 100))
-		for _, m := range e.Missing[:cap(list)] {
-			list = append(list, missing{m.Index, m.Offset, m.Bytes, m.Attempts, m.Err.Error()})
-		}
-		p.Missing = list
+		p.Missing = missingOf(e, 100)
 		return p
 	}
 	if e, ok := errors.AsType[*sheaf.BlockError](err); ok {

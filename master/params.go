@@ -3,9 +3,11 @@ package master
 // params.go reads what a request asks for: the query, and the fields of a form.
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -20,7 +22,7 @@ import (
 )
 
 // Parameters of a job, as its query names them.
-var parameters = []string{"block", "workers", "split", "delimiter", "function", "route", "verify", "timeout", "output"}
+var parameters = []string{"block", "workers", "split", "delimiter", "function", "route", "verify", "timeout", "output", "tolerate"}
 
 // params are the parameters of one request.
 type params map[string]string
@@ -240,6 +242,43 @@ func (ps params) splitter(by string) (sheaf.Splitter, *wire.Problem) {
 	return s, nil
 }
 
+// tolerance is how many blocks may have no result. The zero value is none, and
+// then an answer that lacks blocks is refused without what there is of it.
+type tolerance struct {
+	given bool
+	count int
+	share float64 // of all blocks; used when count is 0
+}
+
+func (t tolerance) allows(missing, total int) bool {
+	return missing <= max(t.count, int(t.share*float64(total)))
+}
+
+func (ps params) tolerance() (tolerance, *wire.Problem) {
+	v, given := ps["tolerate"]
+	if !given {
+		return tolerance{}, nil
+	}
+	if digits, percent := strings.CutSuffix(v, "%"); percent {
+		n, err := strconv.ParseFloat(digits, 64)
+		switch {
+		case err == nil && n >= 0 && n <= 100:
+			return tolerance{given: true, share: n / 100}, nil
+		case err == nil || errors.Is(err, strconv.ErrRange):
+			return tolerance{}, outOfRange("tolerate", v, "0%", "100%")
+		}
+	} else {
+		n, err := strconv.Atoi(v)
+		switch {
+		case err == nil && n >= 0:
+			return tolerance{given: true, count: n}, nil
+		case err == nil || errors.Is(err, strconv.ErrRange):
+			return tolerance{}, outOfRange("tolerate", v, 0, math.MaxInt)
+		}
+	}
+	return tolerance{}, bad("tolerate", "tolerate is %q, and must be a number of blocks, such as 5, or a share of them, such as 5%%", wire.Cut(v))
+}
+
 // prepare makes a job of a request.
 func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	ps, p := readQuery(r.URL.RawQuery)
@@ -249,7 +288,27 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	if p = up.begin(r, ps); p != nil {
 		return nil, p
 	}
-	j := &job{h: h, up: up, length: up.length, from: map[string]bool{}}
+	j, p := h.plan(ps, up)
+	if p != nil {
+		return nil, p
+	}
+	h.atLeast(r.Context(), j)
+	return j, nil
+}
+
+// atLeast asks for the replicas that a job wants, if it wants any.
+func (h *Handler) atLeast(ctx context.Context, j *job) {
+	if j.workers == 0 || h.AtLeast == nil {
+		return
+	}
+	if _, err := h.AtLeast(ctx, j.group.Function, j.workers); err != nil && ctx.Err() == nil {
+		h.Log.Warn("replicas could not be asked for; going on with those that are there", "job", j.group.Job, "err", err)
+	}
+}
+
+// plan makes a job of parameters; up is its input.
+func (h *Handler) plan(ps params, up *upload) (*job, *wire.Problem) {
+	j := &job{h: h, up: up, params: ps, length: up.length, from: map[string]bool{}}
 	by, p := ps.oneOf("split", sheaf.Splits()...)
 	if p != nil {
 		return nil, p
@@ -265,8 +324,7 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 		return nil, p
 	}
 	j.split.MaxBlocks = h.MaxBlocks
-	workers, p := h.workers(ps)
-	if p != nil {
+	if j.workers, p = h.workers(ps); p != nil {
 		return nil, p
 	}
 	function, p := h.function(ps)
@@ -287,11 +345,17 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	if j.timeout, p = ps.timeout(); p != nil {
 		return nil, p
 	}
+	if j.tolerate, p = ps.tolerance(); p != nil {
+		return nil, p
+	}
 	j.group = sheaf.Group{
 		Function: function, Route: h.Direct, Resolver: h.Resolver, Job: sheaf.NewJob(),
 		Limit:      min(max(h.Memory/j.split.Size, 4), 256),
 		LimitBytes: int64(max(h.Memory, 4*j.split.Size)),
 		Verified:   verify == "require", ReplicaWait: h.ReplicaWait, Turns: h.Turns,
+	}
+	if j.tolerate.given { // what there is is answered in any case
+		j.group.TolerateShare = 1
 	}
 	if route == "gateway" {
 		if h.Gateway == nil {
@@ -299,13 +363,6 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 		}
 		j.group.Route, j.group.Resolver = h.Gateway, nil
 		j.group.Limit = min(j.group.Limit, 64)
-	}
-	if workers > 0 && h.AtLeast != nil {
-		if _, err := h.AtLeast(r.Context(), function, workers); err != nil {
-			if r.Context().Err() == nil {
-				h.Log.Warn("replicas could not be asked for; going on with those that are there", "job", j.group.Job, "err", err)
-			}
-		}
 	}
 	return j, nil
 }

@@ -76,16 +76,22 @@ type upload struct {
 	count   atomic.Int64
 }
 
+// inputLimit is how long an input may be, and the variable that says so.
+type inputLimit struct {
+	bytes    int64
+	variable string
+}
+
 // openUpload begins to read the body of r.
-func openUpload(w http.ResponseWriter, r *http.Request, limit int64, patience time.Duration) *upload {
+func openUpload(w http.ResponseWriter, r *http.Request, limit inputLimit, patience time.Duration) *upload {
 	u := &upload{
 		length: -1, control: http.NewResponseController(w), total: r.ContentLength, patient: patience,
 		pieces: make(chan []byte, readAhead/readPiece), free: make(chan []byte, readAhead/readPiece+2),
 		left: make(chan struct{}), end: make(chan struct{}),
 	}
 	u.body = r.Body
-	if r.ContentLength > limit {
-		u.err = tooLarge(limit)
+	if r.ContentLength > limit.bytes {
+		u.err = limit.passed()
 		u.body = nil
 		close(u.pieces)
 		return u
@@ -94,13 +100,13 @@ func openUpload(w http.ResponseWriter, r *http.Request, limit int64, patience ti
 	return u
 }
 
-func tooLarge(limit int64) *wire.Problem {
+func (l inputLimit) passed() *wire.Problem {
 	return wire.Refuse(http.StatusRequestEntityTooLarge, "input_too_large",
-		fmt.Sprintf("the input is over the limit of %d bytes, which max_input sets", limit)).Within(limit)
+		fmt.Sprintf("the input is over the limit of %d bytes, which %s sets", l.bytes, l.variable)).Within(l.bytes)
 }
 
 // ahead reads the body into pieces until it ends, or nobody wants it.
-func (u *upload) ahead(limit int64) {
+func (u *upload) ahead(limit inputLimit) {
 	defer close(u.pieces)
 	defer u.read.Store(true)
 	var read int64
@@ -126,8 +132,8 @@ func (u *upload) ahead(limit int64) {
 		waited += time.Since(begun)
 		read += int64(n)
 		u.count.Store(read)
-		if read > limit {
-			u.err = tooLarge(limit)
+		if read > limit.bytes {
+			u.err = limit.passed()
 			return
 		}
 		if n > 0 {

@@ -40,8 +40,10 @@ var rooms = map[string]struct{ own, modules []string }{
 	"kube":     {own: []string{""}, modules: []string{"github.com/go-logr/logr", "k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "k8s.io/klog/v2"}},
 	"broker":   {modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go"}},
 
+	"job": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go"}},
+
 	// What wires adapters together.
-	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "registry"},
+	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "job", "registry"},
 		modules: []string{"github.com/nats-io/nats.go"}},
 	"connector": {own: []string{"", "broker", "gateway", "internal/serve", "internal/wire", "registry"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
