@@ -19,6 +19,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -58,6 +59,7 @@ func NewFront(p *Provider, version string) *Front {
 	f.proxy = &httputil.ReverseProxy{
 		Rewrite:      f.rewrite,
 		Transport:    &balancer{p, wire.NewHTTP(256).Transport},
+		BufferPool:   buffers{new(sync.Pool)},
 		ErrorHandler: f.unreachable,
 		ModifyResponse: func(resp *http.Response) error {
 			// Not before: the headers of a 100 Continue would take them away.
@@ -493,6 +495,18 @@ func (f *Front) rewrite(pr *httputil.ProxyRequest) {
 	pr.SetXForwarded()
 }
 
+// buffers are those in which answers are passed on.
+type buffers struct{ *sync.Pool }
+
+func (b buffers) Get() []byte {
+	if p, ok := b.Pool.Get().(*[]byte); ok {
+		return *p
+	}
+	return make([]byte, 32<<10)
+}
+
+func (b buffers) Put(buf []byte) { b.Pool.Put(&buf) }
+
 // unreachable answers for a replica that could not.
 func (f *Front) unreachable(w http.ResponseWriter, r *http.Request, err error) {
 	c := r.Context().Value(callKey{}).(*call)
@@ -536,12 +550,13 @@ func (b *balancer) RoundTrip(req *http.Request) (*http.Response, error) {
 		if err != nil {
 			return nil, err
 		}
-		out := req.Clone(req.Context())
-		out.URL.Host = strings.TrimPrefix(r.URL, "http://")
+		out, to := *req, *req.URL // a transport does not change the rest
+		to.Host = strings.TrimPrefix(r.URL, "http://")
+		out.URL = &to
 		if inbound != nil {
 			out.Body = io.NopCloser(inbound)
 		}
-		resp, err := b.base.RoundTrip(out)
+		resp, err := b.base.RoundTrip(&out)
 		if err == nil {
 			if resp.StatusCode == http.StatusSwitchingProtocols { // the proxy needs the connection itself
 				b.p.release(r)
