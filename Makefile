@@ -1,7 +1,7 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker deps images chart chart-readme
+.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker languages deps images chart chart-readme
 
 help: ## Print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ check: ## Exactly what CI runs
 lint: ## gofmt, vet, staticcheck, go fix, go.mod
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
 	go vet ./...
-	go vet -tags memory ./test
+	go vet -tags memory,languages ./test
 	go tool staticcheck ./...
 	go fix -diff ./...
 	go mod tidy -diff
@@ -74,5 +74,10 @@ chart: ## Test the helm chart: lint, rendering, rights, network policies
 chart-readme: ## Write the table of values in the chart's README anew
 	go test -C charts . -run TestReadmeTable -count=1 -args -update
 
-deps: ## What the project needs beyond Go: nothing
+languages: ## Run the workers of docs/ANY-LANGUAGE.md, with python3 and node
+	go test ./test -tags languages -run TestLanguages -count=1 -timeout 3m
+
+deps: ## What the project needs beyond Go: python3 and node, for make languages
 	go mod download
+	@command -v python3 >/dev/null && command -v node >/dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends python3 nodejs; }

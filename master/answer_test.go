@@ -350,7 +350,7 @@ func TestUnverified(t *testing.T) {
 	if a := s.do(t, "?block=300", in); a.body != want(in) {
 		t.Errorf("answer of plain functions is %d %q", a.status, a.body)
 	}
-	p := refused(t, s.do(t, "?block=300&verify=require", in), http.StatusFailedDependency, "blocks_failed", "digest")
+	p := refused(t, s.do(t, "?block=300&verify=require", in), http.StatusFailedDependency, "unverified_results", "Content-Digest")
 	if p.Job == "" || p.Missing == nil {
 		t.Errorf("refusal is %+v", p)
 	}

@@ -389,6 +389,7 @@ func (j *job) guard(f func() error) (err error) {
 func (j *job) numbers(h http.Header) {
 	h.Set(wire.Blocks, strconv.Itoa(j.done))
 	h.Set(wire.Replicas, strconv.Itoa(len(j.from)))
+	h.Set(wire.Unverified, strconv.Itoa(j.unverified))
 	h.Set(wire.Elapsed, milliseconds(j.elapsed()))
 }
 
@@ -474,6 +475,10 @@ func (j *job) classify(err error) *wire.Problem {
 	}
 	if e, ok := errors.AsType[*sheaf.PartialError](err); ok {
 		p := wire.Refuse(http.StatusFailedDependency, "blocks_failed", e.Error())
+		if j.group.Verified && errors.Is(err, sheaf.ErrUnverified) {
+			p = wire.Refuse(http.StatusFailedDependency, "unverified_results",
+				fmt.Sprintf("%s answers without Content-Digest, so that nothing proves that its results are whole, as verify=require asks; have it send the header (docs/ANY-LANGUAGE.md), or leave verify=require out", name)).About("verify")
+		}
 		p.Missing = missingOf(e, 100)
 		return p
 	}

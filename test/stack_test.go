@@ -37,6 +37,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == echoFlag {
 		runEcho()
 	}
+	if len(os.Args) == 3 && os.Args[1] == watchdogFlag {
+		runWatchdog(os.Args[2])
+	}
 	dir, err := os.MkdirTemp("", "sheaf-test-")
 	if err != nil {
 		panic(err)
@@ -67,17 +70,23 @@ type bench struct {
 	t testing.TB
 }
 
-// start starts a stack with a warm master and so many warm workers.
-func start(t testing.TB, workers int, env map[string]string) *bench {
+// startWith starts a stack without functions.
+func startWith(t testing.TB, cfg local.Config) *bench {
 	t.Helper()
-	log := slog.New(slog.DiscardHandler)
-	s, err := local.Start(local.Config{Command: command, Version: "test", Log: log})
+	cfg.Version, cfg.Log = "test", slog.New(slog.DiscardHandler)
+	s, err := local.Start(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(s.Close)
-	b := &bench{s, t}
-	b.deploy("master", "sheaf/master", 1, map[string]string{"nats_url": s.NATS, "gateway_url": s.URL, "GOMEMLIMIT": "44MiB", "GOGC": "50"}, env)
+	return &bench{s, t}
+}
+
+// start starts a stack with a warm master and so many warm workers.
+func start(t testing.TB, workers int, env map[string]string) *bench {
+	t.Helper()
+	b := startWith(t, local.Config{Command: command})
+	b.deploy("master", "sheaf/master", 1, map[string]string{"nats_url": b.NATS, "gateway_url": b.URL, "GOMEMLIMIT": "44MiB", "GOGC": "50"}, env)
 	b.deploy("worker", "sheaf/worker", workers, env)
 	b.waitFor("master", 1)
 	b.waitFor("worker", workers)

@@ -84,6 +84,7 @@ Usage: sheaf COMMAND [FLAGS]
   run FILE    run a job on FILE (- is standard input) and print the answer
   up          keep a local stack running: gateway, NATS, master and worker
   ps          show the replicas of functions: rank, address, state, epoch
+  serve CMD   be a worker: each block is the input of a program, its output the result
   version     print the version
   help        print this; sheaf COMMAND -h prints a command's flags
 
@@ -110,6 +111,8 @@ func run(ctx context.Context, args []string, s std) error {
 		return up(ctx, args[1:], s)
 	case "ps":
 		return ps(ctx, args[1:], s)
+	case "serve":
+		return serve(args[1:], s)
 	case "version", "--version", "-version":
 		fmt.Fprintln(s.out, "sheaf", version)
 		return nil

@@ -44,7 +44,6 @@ func statuses(t *testing.T, open Open) {
 	}{
 		{"created", 201, nil, "x", sheaf.FaultLost, 0},
 		{"accepted, as by the async path", 202, nil, "", sheaf.FaultLost, 0},
-		{"no content", 204, nil, "", sheaf.FaultLost, 0},
 		{"not modified", 304, nil, "", sheaf.FaultLost, 0},
 		{"bad request", 400, nil, "no", sheaf.FaultRejected, 0},
 		{"unauthorized", 401, nil, "", sheaf.FaultRejected, 0},
@@ -147,10 +146,32 @@ func empty(t *testing.T, open Open) {
 	t.Run("without", func(t *testing.T) {
 		srv := serve(t, func(_ http.ResponseWriter, r *http.Request) { read(r) })
 		route, to := open(t, srv.URL)
-		ce := refused(t, route, request(to, "x"), sheaf.FaultLost)
-		if !errors.Is(ce, sheaf.ErrUnverified) {
-			t.Errorf("got %v, want it to wrap ErrUnverified", ce)
+		ce := refused(t, route, request(to, "x"), sheaf.FaultTask)
+		if !errors.Is(ce, sheaf.ErrUnverified) || !strings.Contains(ce.Error(), "answer 204") {
+			t.Errorf("got %v, want it to wrap ErrUnverified, and to say what to do", ce)
 		}
+	})
+	t.Run("said by 204", func(t *testing.T) {
+		digest := ""
+		srv := serve(t, func(w http.ResponseWriter, r *http.Request) {
+			read(r)
+			if digest != "" {
+				w.Header().Set(wire.Digest, digest)
+			}
+			w.WriteHeader(http.StatusNoContent)
+		})
+		route, to := open(t, srv.URL)
+		if must(t, route, request(to, "x"), "").Verified {
+			t.Error("an empty answer without a digest is verified")
+		}
+		digest = wire.Sum([]byte("the answer"))
+		refused(t, route, request(to, "x"), sheaf.FaultLost)
+		digest = wire.Sum(nil)
+		if !must(t, route, request(to, "x"), "").Verified {
+			t.Error("an empty answer with its digest is not verified")
+		}
+		digest = ""
+		refused(t, route, request(to, "x"), sheaf.FaultLost) // of a function whose answers carry one
 	})
 	t.Run("with", func(t *testing.T) {
 		srv := serve(t, func(w http.ResponseWriter, r *http.Request) { read(r); answer(w, nil) })

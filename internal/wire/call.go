@@ -130,8 +130,9 @@ func Late(ctx context.Context, err error) error {
 // Status 200 alone is not trusted: through a watchdog or a proxy the answer of
 // a replica that died half-way looks like a clean 200 with a short body. The
 // digest that the replica put into the header decides. An answer without one
-// is taken, as unverified, only if its body is not empty and no answer of this
-// function was ever proved.
+// is taken, as unverified, only if no answer of this function was ever proved,
+// and its body is not empty; an empty result without a digest is said by 204,
+// which a replica that died does not send.
 func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*sheaf.Reply, error) {
 	fail := func(f sheaf.Fault, err error) (*sheaf.Reply, error) {
 		return nil, &sheaf.CallError{Fault: f, Status: resp.StatusCode, From: req.To.ID, Err: err}
@@ -143,7 +144,7 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 		}
 		from = req.To.ID
 	}
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent {
 		return nil, judge(resp, from)
 	}
 	limit := c.MaxReply
@@ -171,11 +172,12 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 		if _, known := c.proved.Load(req.Function); !known {
 			c.proved.Store(req.Function, nil)
 		}
-	case len(body) == 0:
-		return fail(sheaf.FaultLost, fmt.Errorf("%w and is empty", sheaf.ErrUnverified))
 	default:
 		if _, others := c.proved.Load(req.Function); others {
 			return fail(sheaf.FaultLost, fmt.Errorf("%w, and others of this function do", sheaf.ErrUnverified))
+		}
+		if len(body) == 0 && resp.StatusCode == http.StatusOK {
+			return fail(sheaf.FaultTask, fmt.Errorf("%w and is empty, as that of a replica that died; have the function answer 204 when it has no result, or set %s", sheaf.ErrUnverified, Digest))
 		}
 	}
 	return &sheaf.Reply{Body: body, From: from, Verified: proved}, nil

@@ -42,7 +42,9 @@ const (
 	Blocks   = "Sheaf-Blocks"   // how many blocks the input made
 	Replicas = "Sheaf-Replicas" // how many replicas answered
 	Missing  = "Sheaf-Missing"  // indexes of the blocks that have no result, where that is tolerated
-	Elapsed  = "Sheaf-Elapsed"  // from the first byte read to the last block merged, as in "12.5ms"
+	// Unverified is how many blocks have results that no digest proves.
+	Unverified = "Sheaf-Unverified"
+	Elapsed    = "Sheaf-Elapsed" // from the first byte read to the last block merged, as in "12.5ms"
 )
 
 // Codes that a worker answers with and a route understands.
