@@ -352,8 +352,9 @@ type shownJob struct {
 	Attempts int             `json:"attempts"`
 	Replicas int             `json:"replicas"`
 	Elapsed  float64         `json:"elapsed_ms"`
-	Epoch    int             `json:"epoch"`    // how often a master has claimed it
-	Redrives int             `json:"redrives"` // how often it was queued again
+	Master   string          `json:"master,omitempty"` // that has it, or had it last
+	Epoch    int             `json:"epoch"`            // how often a master has claimed it
+	Redrives int             `json:"redrives"`         // how often it was queued again
 	Error    json.RawMessage `json:"error,omitempty"`
 	Result   string          `json:"result"` // where the answer is, or will be
 }
@@ -376,7 +377,7 @@ func (h *Handler) show(r *http.Request, rec jobs.Record) shownJob {
 	}
 	s := shownJob{ID: rec.ID, State: rec.State, Function: h.Function, Created: rec.Created, Started: rec.Started, Finished: rec.Finished,
 		Expires: rec.Expires, Bytes: rec.Input.Bytes, Blocks: shownBlocks{p.Total, p.Queued, p.Running, p.Done, p.Failed, p.Stopped},
-		Attempts: p.Attempts, Replicas: p.Replicas, Epoch: rec.Epoch, Redrives: rec.Redrives, Error: rec.Error,
+		Attempts: p.Attempts, Replicas: p.Replicas, Master: rec.Owner, Epoch: rec.Epoch, Redrives: rec.Redrives, Error: rec.Error,
 		Result: base(h, r) + "/jobs/" + rec.ID + "/result"}
 	if ps, err := specOf(rec); err == nil && ps["function"] != "" {
 		s.Function = ps["function"]

@@ -26,12 +26,17 @@ func (b *bench) do(method, path, body string, header ...string) answer {
 	if err != nil {
 		b.t.Fatalf("%s %s: %v", method, path, err)
 	}
-	defer resp.Body.Close()
-	got, err := io.ReadAll(resp.Body)
+	a, err := whole(resp)
 	if err != nil {
 		b.t.Fatalf("%s %s: %v", method, path, err)
 	}
-	return answer{resp.StatusCode, resp.Header, string(got)}
+	return a
+}
+
+func whole(resp *http.Response) (answer, error) {
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, string(body)}, err
 }
 
 const jobsPath = "/function/master/jobs"

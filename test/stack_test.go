@@ -34,6 +34,9 @@ func TestMain(m *testing.M) {
 	if log := os.Getenv(slowFunction); log != "" {
 		runSlow(log)
 	}
+	if log := os.Getenv(loggedFunction); log != "" {
+		runLogged(log)
+	}
 	if len(os.Args) == 2 && os.Args[1] == echoFlag {
 		runEcho()
 	}
@@ -58,7 +61,7 @@ func TestMain(m *testing.M) {
 
 // command runs the functions that are in the sheaf command, or in this test.
 func command(image string) ([]string, error) {
-	if image == "slow" {
+	if image == "slow" || image == "logged" {
 		return []string{os.Args[0]}, nil
 	}
 	return []string{binary, "function", strings.TrimPrefix(image, "sheaf/")}, nil
