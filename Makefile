@@ -34,6 +34,7 @@ fuzz: ## Fuzz what parses, a minute each
 	@for f in FuzzSplitLines FuzzSplitRecords FuzzSplitCSV FuzzSplitJSON; do go test . -run '^$$' -fuzz "^$$f$$" -fuzztime 60s || exit 1; done
 	go test ./internal/wire -run '^$$' -fuzz FuzzOpen -fuzztime 60s
 	go test ./internal/http1 -run '^$$' -fuzz FuzzAnswers -fuzztime 60s
+	go test ./internal/serve -run '^$$' -fuzz FuzzSameAsNetHTTP -fuzztime 60s
 	go test ./functions/wordcount -run '^$$' -fuzz FuzzWordCount -fuzztime 60s
 
 bench: ## Run the benchmarks of the rooms

@@ -24,7 +24,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"internal/schedule": {},
 	"internal/wire":     {own: []string{""}},
 	"internal/http1":    {},
-	"internal/serve":    {own: []string{"internal/wire"}},
+	"internal/serve":    {own: []string{"internal/http1", "internal/wire"}},
 
 	"internal/routetest": {own: []string{"", "internal/wire"}},
 

@@ -4,17 +4,21 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/serve"
 	"github.com/sheaf-project/sheaf/internal/wire"
 	"github.com/sheaf-project/sheaf/worker"
 )
@@ -187,6 +191,67 @@ func TestControl04RecordedBlocksRunOnce(t *testing.T) {
 	}
 	if runs.Load() != 1000 {
 		t.Errorf("1,000 blocks ran %d times", runs.Load())
+	}
+}
+
+// On the short way, too: a block runs once, its answer is proved, and a
+// stranger's does not run.
+func TestSignedShort(t *testing.T) {
+	h, runs := signedWorker(t, nil)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		s := h.(*serve.Server)
+		s.Linger = 0
+		_ = s.Serve(ctx, l)
+	})
+	defer wg.Wait()
+	defer cancel()
+	s := master(t, signingKey)
+	stranger := master(t, "a key that the stranger made up")
+	post := func(r *http.Request) *http.Response {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+l.Addr().String(), bytes.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out.Header = r.Header
+		resp, err := http.DefaultClient.Do(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		return resp
+	}
+	for i := range 3 {
+		r, proof := block(s, i, "worker", "a block")
+		resp := post(r)
+		if ok, err := proof.Check(s, "worker-1", resp.Header.Get(wire.Digest), resp.Header[wire.Signature]); resp.StatusCode != 200 || !ok || err != nil {
+			t.Errorf("block %d: %s, proved %v: %v", i, resp.Status, ok, err)
+		}
+		r.Body = io.NopCloser(strings.NewReader("a block"))
+		if resp := post(r); resp.StatusCode != http.StatusConflict || resp.Header.Get(wire.Code) != wire.CodeReplayed {
+			t.Errorf("block %d again: %s", i, resp.Status)
+		}
+		forged, _ := block(stranger, i, "worker", "a block")
+		if resp := post(forged); resp.StatusCode != http.StatusUnauthorized {
+			t.Errorf("a stranger's block: %s", resp.Status)
+		}
+		damaged, _ := block(s, i, "worker", "a block")
+		damaged.Body = io.NopCloser(strings.NewReader("a hoax!"))
+		if resp := post(damaged); resp.Header.Get(wire.Code) != wire.CodeDamaged {
+			t.Errorf("a damaged block: %s", resp.Status)
+		}
+	}
+	if runs.Load() != 3 {
+		t.Errorf("3 blocks ran %d times", runs.Load())
 	}
 }
 

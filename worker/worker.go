@@ -126,11 +126,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_ = control.SetReadDeadline(begun.Add(h.patience()))
 	result, proof, p := h.serve(w, r, begun)
 	if p != nil {
-		if r.Context().Err() == nil {
-			h.log().LogAttrs(r.Context(), slog.LevelDebug, "block refused", slog.String("job", wire.Cut(r.Header.Get(wire.Job))),
-				slog.String("block", wire.Cut(r.Header.Get(wire.Block))), slog.String("code", p.Code), slog.String("why", p.Detail))
-		}
-		p.Write(w)
+		h.refused(r.Context(), r.Header, p).Write(w)
 		return
 	}
 	head := w.Header()
@@ -169,26 +165,84 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time)
 		w.Header().Set("Allow", http.MethodPost)
 		return nil, proof, wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod, "a worker takes blocks by POST only")
 	}
-	e, err := wire.Open(r.Header)
-	if err != nil {
-		return nil, proof, wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
-	}
-	if proof, p = h.signer.Verify(e, h.function, r.Header.Get(wire.Digest), r.Header[wire.Signature], begun); p != nil {
-		return nil, proof, p
-	}
-	data, p := h.read(w, r)
+	a, p := h.admit(r.Header, begun)
 	if p != nil {
 		return nil, proof, p
 	}
-	digested, err := wire.Check(r.Header, data)
-	if err == nil && proof.Signed() && !digested {
+	if r.ContentLength > h.most() {
+		return nil, proof, h.tooLarge()
+	}
+	data, err := wire.ReadBody(r.Body, r.ContentLength, h.most()) // to its end, so that the server watches for the caller to leave
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
+	}
+	result, p = h.work(r.Context(), a, r.Header, data, err, begun)
+	return result, a.Proof, p
+}
+
+// admit looks at the header of a block.
+func (h *Handler) admit(header http.Header, begun time.Time) (a serve.Admission, p *wire.Problem) {
+	e, err := wire.Open(header)
+	if err != nil {
+		return a, wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
+	}
+	proof, p := h.signer.Verify(e, h.function, header.Get(wire.Digest), header[wire.Signature], begun)
+	return serve.Admission{Envelope: e, Proof: proof}, p
+}
+
+// The short way of internal/serve for blocks: Room, Admit and ServeBlock do what
+// ServeHTTP does.
+var _ serve.BlockHandler = (*Handler)(nil)
+
+// Room returns how long a block may be, in bytes, and how long it may take to
+// arrive and its result to leave. It is for the server of this module.
+func (h *Handler) Room() (most int64, patience time.Duration) { return h.most(), h.patience() }
+
+// Admit looks at the header of a block before it is read. It is for the server
+// of this module.
+func (h *Handler) Admit(header http.Header, begun time.Time) (serve.Admission, *wire.Problem) {
+	a, p := h.admit(header, begun)
+	return a, h.refused(context.Background(), header, p)
+}
+
+// ServeBlock works on a block that was admitted. It is for the server of this
+// module.
+func (h *Handler) ServeBlock(ctx context.Context, a serve.Admission, header http.Header, block []byte, readErr error, begun time.Time) ([]byte, *wire.Problem) {
+	result, p := h.work(ctx, a, header, block, readErr, begun)
+	return result, h.refused(ctx, header, p)
+}
+
+// refused logs a refusal that somebody is told, and returns it.
+func (h *Handler) refused(ctx context.Context, header http.Header, p *wire.Problem) *wire.Problem {
+	if p != nil && ctx.Err() == nil {
+		h.log().LogAttrs(ctx, slog.LevelDebug, "block refused", slog.String("job", wire.Cut(header.Get(wire.Job))),
+			slog.String("block", wire.Cut(header.Get(wire.Block))), slog.String("code", p.Code), slog.String("why", p.Detail))
+	}
+	return p
+}
+
+// work calls Func with a block, of which readErr says why it did not come
+// whole.
+func (h *Handler) work(parent context.Context, a serve.Admission, header http.Header, data []byte, readErr error, begun time.Time) ([]byte, *wire.Problem) {
+	switch {
+	case errors.Is(readErr, os.ErrDeadlineExceeded):
+		return nil, wire.Refuse(http.StatusRequestTimeout, wire.CodeSlow,
+			fmt.Sprintf("the block did not arrive within %v, which read_timeout sets", h.patience())).Within(h.patience().String())
+	case readErr != nil:
+		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, fmt.Sprintf("the block was cut: %v", readErr))
+	case int64(len(data)) > h.most():
+		return nil, h.tooLarge()
+	}
+	digested, err := wire.Check(header, data)
+	if err == nil && a.Proof.Signed() && !digested {
 		err = errors.New("its Content-Digest is none that we know")
 	}
 	if err != nil {
-		return nil, proof, wire.Refuse(http.StatusBadRequest, wire.CodeDamaged,
+		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeDamaged,
 			fmt.Sprintf("the block arrived damaged: %v; send it again", err))
 	}
-	ctx := context.WithValue(r.Context(), callKey{}, Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch})
+	e := a.Envelope
+	ctx := context.WithValue(parent, callKey{}, Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch})
 	limit := e.Left
 	if limit > 0 { // the caller counts from when it began to send
 		limit = max(limit-time.Since(begun), time.Millisecond)
@@ -196,15 +250,18 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time)
 	if h.MaxTime > 0 && (limit == 0 || h.MaxTime < limit) {
 		limit = h.MaxTime
 	}
+	var cancel context.CancelFunc
 	if limit > 0 {
-		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, limit)
-		defer cancel()
+	} else {
+		ctx, cancel = context.WithCancel(ctx)
 	}
-	result, err = h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
+	defer cancel()
+	result, err := h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
 	if err == nil {
-		return result, proof, nil
+		return result, nil
 	}
+	var p *wire.Problem
 	switch {
 	case errors.As(err, &rejection{}):
 		p = wire.Refuse(http.StatusUnprocessableEntity, wire.CodeRejected, err.Error())
@@ -217,7 +274,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time)
 		p = wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error())
 	}
 	p.Job = e.Job
-	return nil, proof, p
+	return nil, p
 }
 
 var errPanicked = errors.New("the handler panicked; its log has the stack")
@@ -233,30 +290,14 @@ func (h *Handler) call(ctx context.Context, b sheaf.Block) (result []byte, err e
 	return h.Func(ctx, b)
 }
 
-// read reads the body, which must come whole, soon, and within the limit.
-func (h *Handler) read(w http.ResponseWriter, r *http.Request) ([]byte, *wire.Problem) {
-	most := h.MaxBlock
-	if most <= 0 {
-		most = DefaultMaxBlock
+func (h *Handler) most() int64 {
+	if h.MaxBlock > 0 {
+		return h.MaxBlock
 	}
-	tooLarge := func() ([]byte, *wire.Problem) {
-		return nil, wire.Refuse(http.StatusRequestEntityTooLarge, wire.CodeTooLarge,
-			fmt.Sprintf("the block is over the limit of %d bytes, which max_block sets; take smaller blocks", most)).Within(most)
-	}
-	if r.ContentLength > most {
-		return tooLarge()
-	}
-	data, err := wire.ReadBody(r.Body, r.ContentLength, most) // to its end, so that the server watches for the caller to leave
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, wire.Refuse(http.StatusRequestTimeout, wire.CodeSlow,
-			fmt.Sprintf("the block did not arrive within %v, which read_timeout sets", h.patience())).Within(h.patience().String())
-	}
-	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
-	if err != nil {
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, fmt.Sprintf("the block was cut: %v", err))
-	}
-	if int64(len(data)) > most {
-		return tooLarge()
-	}
-	return data, nil
+	return DefaultMaxBlock
+}
+
+func (h *Handler) tooLarge() *wire.Problem {
+	return wire.Refuse(http.StatusRequestEntityTooLarge, wire.CodeTooLarge,
+		fmt.Sprintf("the block is over the limit of %d bytes, which max_block sets; take smaller blocks", h.most())).Within(h.most())
 }

@@ -15,12 +15,14 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/serve"
 	"github.com/sheaf-project/sheaf/internal/wire"
 	"github.com/sheaf-project/sheaf/worker"
 )
@@ -48,14 +50,47 @@ func (l *log) String() string {
 	return l.buf.String()
 }
 
+// A way is how a block comes to a Handler: through net/http, as under any
+// server, or on the short way of this module's own.
+type way string
+
+func bothWays(t *testing.T, test func(*testing.T, way)) {
+	for _, w := range []way{"net/http", "short"} {
+		t.Run(string(w), func(t *testing.T) { test(t, w) })
+	}
+}
+
+// server is a Handler that serves at URL.
+type server struct {
+	URL   string
+	Close func()
+}
+
 // start serves h until the test ends, and returns its log, too.
-func start(t *testing.T, h *worker.Handler) (*httptest.Server, *log) {
+func (w way) start(t *testing.T, h *worker.Handler) (*server, *log) {
 	t.Helper()
 	l := &log{}
 	h.Log = slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	srv := httptest.NewServer(h)
-	t.Cleanup(srv.Close)
-	return srv, l
+	if w != "short" {
+		srv := httptest.NewServer(h)
+		t.Cleanup(srv.Close)
+		return &server{srv.URL, srv.Close}, l
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		s := serve.Server{Handler: h, Grace: soon, Log: slog.New(slog.DiscardHandler)}
+		if err := s.Serve(ctx, listener); err != nil {
+			t.Error(err)
+		}
+	})
+	stop := func() { cancel(); wg.Wait() }
+	t.Cleanup(stop)
+	return &server{"http://" + listener.Addr().String(), stop}, l
 }
 
 func upper(_ context.Context, b sheaf.Block) ([]byte, error) { return bytes.ToUpper(b.Data), nil }
@@ -99,7 +134,9 @@ func problem(t *testing.T, resp *http.Response, body []byte, status int, code st
 	return p
 }
 
-func TestAnswers(t *testing.T) {
+func TestAnswers(t *testing.T) { bothWays(t, testAnswers) }
+
+func testAnswers(t *testing.T, w way) {
 	empty := func(context.Context, sheaf.Block) ([]byte, error) { return nil, nil }
 	length := func(_ context.Context, b sheaf.Block) ([]byte, error) { return []byte(strconv.Itoa(len(b.Data))), nil }
 	for _, c := range []struct {
@@ -124,7 +161,7 @@ func TestAnswers(t *testing.T) {
 			nil, string(make([]byte, 5<<20)), nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			srv, _ := start(t, &worker.Handler{Func: c.f, MaxBlock: 3 << 20})
+			srv, _ := w.start(t, &worker.Handler{Func: c.f, MaxBlock: 3 << 20})
 			resp, got := send(t, http.MethodPost, srv.URL, c.body, c.head...)
 			if resp.StatusCode != 200 || string(got) != c.want {
 				t.Fatalf("got %s and %d bytes %.40q, want %d bytes %.40q", resp.Status, len(got), got, len(c.want), c.want)
@@ -137,7 +174,9 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-func TestRefuses(t *testing.T) {
+func TestRefuses(t *testing.T) { bothWays(t, testRefuses) }
+
+func testRefuses(t *testing.T, w way) {
 	const secret = "s3cr3t-block-content"
 	fail := func(err error) worker.Func {
 		return func(context.Context, sheaf.Block) ([]byte, error) { return []byte("not a result"), err }
@@ -185,7 +224,7 @@ func TestRefuses(t *testing.T) {
 				}
 				return c.f(ctx, b)
 			}
-			srv, l := start(t, &worker.Handler{Func: f, MaxBlock: 1024})
+			srv, l := w.start(t, &worker.Handler{Func: f, MaxBlock: 1024})
 			resp, body := send(t, c.method, srv.URL+c.path, c.body, append(c.head, wire.Job, "job-7")...)
 			p := problem(t, resp, body, c.status, c.code)
 			if !strings.Contains(p.Detail, c.detail) {
@@ -234,9 +273,9 @@ func TestShortBody(t *testing.T) {
 }
 
 // dial sends what is given on a bare connection.
-func dial(t *testing.T, srv *httptest.Server, text string) *net.TCPConn {
+func dial(t *testing.T, url, text string) *net.TCPConn {
 	t.Helper()
-	c, err := net.Dial("tcp", srv.Listener.Addr().String())
+	c, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -262,7 +301,9 @@ func receive(t *testing.T, c net.Conn) (*http.Response, []byte) {
 	return resp, body
 }
 
-func TestTruncated(t *testing.T) {
+func TestTruncated(t *testing.T) { bothWays(t, testTruncated) }
+
+func testTruncated(t *testing.T, w way) {
 	for name, text := range map[string]string{
 		"no byte of ten":      "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n",
 		"five bytes of ten":   "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345",
@@ -271,11 +312,11 @@ func TestTruncated(t *testing.T) {
 		"chunks badly framed": "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n12345\r\n0\r\n\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			srv, _ := start(t, &worker.Handler{Func: func(_ context.Context, b sheaf.Block) ([]byte, error) {
+			srv, _ := w.start(t, &worker.Handler{Func: func(_ context.Context, b sheaf.Block) ([]byte, error) {
 				t.Errorf("called with %q", b.Data)
 				return nil, nil
 			}})
-			c := dial(t, srv, text)
+			c := dial(t, srv.URL, text)
 			_ = c.CloseWrite()
 			resp, body := receive(t, c)
 			problem(t, resp, body, 400, wire.CodeTruncated)
@@ -283,7 +324,9 @@ func TestTruncated(t *testing.T) {
 	}
 }
 
-func TestSlowUpload(t *testing.T) {
+func TestSlowUpload(t *testing.T) { bothWays(t, testSlowUpload) }
+
+func testSlowUpload(t *testing.T, w way) {
 	for name, c := range map[string]struct {
 		text   string
 		status int
@@ -294,8 +337,8 @@ func TestSlowUpload(t *testing.T) {
 		"refused before that": {"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345", 405, wire.CodeMethod},
 	} {
 		t.Run(name, func(t *testing.T) {
-			srv, _ := start(t, &worker.Handler{Func: upper, ReadTimeout: 50 * time.Millisecond})
-			resp, body := receive(t, dial(t, srv, c.text))
+			srv, _ := w.start(t, &worker.Handler{Func: upper, ReadTimeout: 50 * time.Millisecond})
+			resp, body := receive(t, dial(t, srv.URL, c.text))
 			if p := problem(t, resp, body, c.status, c.code); c.status == 408 && (!strings.Contains(p.Detail, "read_timeout") || p.Limit != "50ms") {
 				t.Errorf("the refusal does not say what to change: %s", body)
 			}
@@ -305,8 +348,10 @@ func TestSlowUpload(t *testing.T) {
 
 // The time for a block to arrive is not the time to work on it, nor does it
 // count for the connection's next block.
-func TestReadTimeoutEndsWithTheBlock(t *testing.T) {
-	srv, _ := start(t, &worker.Handler{ReadTimeout: 40 * time.Millisecond, Func: func(ctx context.Context, b sheaf.Block) ([]byte, error) {
+func TestReadTimeoutEndsWithTheBlock(t *testing.T) { bothWays(t, testReadTimeoutEndsWithTheBlock) }
+
+func testReadTimeoutEndsWithTheBlock(t *testing.T, w way) {
+	srv, _ := w.start(t, &worker.Handler{ReadTimeout: 40 * time.Millisecond, Func: func(ctx context.Context, b sheaf.Block) ([]byte, error) {
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
@@ -337,7 +382,7 @@ func TestSlowDownload(t *testing.T) {
 		h.ServeHTTP(w, r)
 	}))
 	defer srv.Close()
-	dial(t, srv, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+	dial(t, srv.URL, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
 	select {
 	case <-ended:
 	case <-time.After(soon):
@@ -345,10 +390,23 @@ func TestSlowDownload(t *testing.T) {
 	}
 }
 
-func TestCallOf(t *testing.T) {
+func TestSlowDownloadShort(t *testing.T) {
+	srv, _ := way("short").start(t, &worker.Handler{ReadTimeout: 50 * time.Millisecond, Func: func(context.Context, sheaf.Block) ([]byte, error) {
+		return make([]byte, 64<<20), nil
+	}})
+	c := dial(t, srv.URL, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+	time.Sleep(300 * time.Millisecond) // is how long nobody reads
+	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= 64<<20 {
+		t.Errorf("read %d bytes (%v), want the connection closed before the end", n, err)
+	}
+}
+
+func TestCallOf(t *testing.T) { bothWays(t, testCallOf) }
+
+func testCallOf(t *testing.T, w way) {
 	var got worker.Call
 	var block sheaf.Block
-	srv, _ := start(t, &worker.Handler{Func: func(ctx context.Context, b sheaf.Block) ([]byte, error) {
+	srv, _ := w.start(t, &worker.Handler{Func: func(ctx context.Context, b sheaf.Block) ([]byte, error) {
 		got, block = worker.CallOf(ctx), b
 		return nil, nil
 	}})
@@ -371,7 +429,9 @@ func TestCallOf(t *testing.T) {
 
 // TestDeadline: what the caller leaves and what the replica allows, whichever
 // is less, ends the handler's ctx.
-func TestDeadline(t *testing.T) {
+func TestDeadline(t *testing.T) { bothWays(t, testDeadline) }
+
+func testDeadline(t *testing.T, w way) {
 	for _, c := range []struct {
 		name        string
 		left        string
@@ -386,7 +446,7 @@ func TestDeadline(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var left time.Duration
-			srv, _ := start(t, &worker.Handler{MaxTime: c.most, Func: func(ctx context.Context, _ sheaf.Block) ([]byte, error) {
+			srv, _ := w.start(t, &worker.Handler{MaxTime: c.most, Func: func(ctx context.Context, _ sheaf.Block) ([]byte, error) {
 				left = 0
 				if d, ok := ctx.Deadline(); ok {
 					left = time.Until(d)
@@ -405,12 +465,12 @@ func TestDeadline(t *testing.T) {
 	}
 	t.Run("runs while the block arrives", func(t *testing.T) {
 		var left time.Duration
-		srv, _ := start(t, &worker.Handler{Func: func(ctx context.Context, _ sheaf.Block) ([]byte, error) {
+		srv, _ := w.start(t, &worker.Handler{Func: func(ctx context.Context, _ sheaf.Block) ([]byte, error) {
 			d, _ := ctx.Deadline()
 			left = time.Until(d)
 			return nil, nil
 		}})
-		c := dial(t, srv, "POST / HTTP/1.1\r\nHost: x\r\nSheaf-Deadline: 10000\r\nContent-Length: 2\r\n\r\n1")
+		c := dial(t, srv.URL, "POST / HTTP/1.1\r\nHost: x\r\nSheaf-Deadline: 10000\r\nContent-Length: 2\r\n\r\n1")
 		time.Sleep(150 * time.Millisecond) // is what the upload takes
 		_, _ = io.WriteString(c, "2")
 		receive(t, c)
@@ -422,7 +482,9 @@ func TestDeadline(t *testing.T) {
 
 // TestCallerLeaves: the handler's ctx ends with the caller, who may have sent a
 // block or an empty one.
-func TestCallerLeaves(t *testing.T) {
+func TestCallerLeaves(t *testing.T) { bothWays(t, testCallerLeaves) }
+
+func testCallerLeaves(t *testing.T, w way) {
 	for name, text := range map[string]string{
 		"a block":        "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n12345",
 		"a chunked one":  "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n",
@@ -430,13 +492,13 @@ func TestCallerLeaves(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			began, left := make(chan struct{}), make(chan error, 1)
-			srv, l := start(t, &worker.Handler{Func: func(ctx context.Context, _ sheaf.Block) ([]byte, error) {
+			srv, l := w.start(t, &worker.Handler{Func: func(ctx context.Context, _ sheaf.Block) ([]byte, error) {
 				close(began)
 				<-ctx.Done()
 				left <- ctx.Err()
 				return nil, ctx.Err()
 			}})
-			c := dial(t, srv, text)
+			c := dial(t, srv.URL, text)
 			<-began
 			_ = c.Close()
 			select {
@@ -456,10 +518,12 @@ func TestCallerLeaves(t *testing.T) {
 }
 
 // TestOwnData: a Func may keep and change its block, whoever comes next.
-func TestOwnData(t *testing.T) {
+func TestOwnData(t *testing.T) { bothWays(t, testOwnData) }
+
+func testOwnData(t *testing.T, w way) {
 	var mu sync.Mutex
 	var kept [][]byte
-	srv, _ := start(t, &worker.Handler{Func: func(_ context.Context, b sheaf.Block) ([]byte, error) {
+	srv, _ := w.start(t, &worker.Handler{Func: func(_ context.Context, b sheaf.Block) ([]byte, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		kept = append(kept, b.Data)
@@ -480,8 +544,10 @@ func TestOwnData(t *testing.T) {
 }
 
 // What fills the log at Debug is cut: a caller decides what is in it.
-func TestLogIsBounded(t *testing.T) {
-	srv, l := start(t, &worker.Handler{Func: upper})
+func TestLogIsBounded(t *testing.T) { bothWays(t, testLogIsBounded) }
+
+func testLogIsBounded(t *testing.T, w way) {
+	srv, l := w.start(t, &worker.Handler{Func: upper})
 	send(t, http.MethodPost, srv.URL, nil, wire.Job, strings.Repeat("j", 9999), wire.Block, strings.Repeat("9", 9999))
 	if n := len(l.String()); n == 0 || n > 1000 {
 		t.Errorf("a refusal writes %d bytes into the log", n)

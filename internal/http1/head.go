@@ -43,15 +43,31 @@ type Head struct {
 	values []string // what Header's slices are parts of
 }
 
+// Complete returns the length of the head that b begins with, or 0 when it is
+// not whole.
+func Complete(b []byte) int {
+	if i := bytes.Index(b, []byte("\r\n\r\n")); i >= 0 {
+		return i + 4
+	}
+	return 0
+}
+
 // Wait waits until a whole head is in r's buffer, and returns its length. It
-// returns io.EOF when nothing came, io.ErrUnexpectedEOF when a part did, and
-// ErrHeadTooLong when the buffer is full of it. Nothing is taken from r.
+// returns io.EOF when nothing came, io.ErrUnexpectedEOF when a part did,
+// ErrMalformed when a line ends otherwise than with carriage return and line
+// feed, and ErrHeadTooLong when the buffer is full. Nothing is taken from r.
 func Wait(r *bufio.Reader) (int, error) {
 	seen := 0
 	for {
 		b, _ := r.Peek(r.Buffered()) // cannot fail: it is there
-		if i := bytes.Index(b[max(0, seen-3):], []byte("\r\n\r\n")); i >= 0 {
-			return max(0, seen-3) + i + 4, nil
+		from := max(0, seen-3)
+		if n := Complete(b[from:]); n > 0 {
+			return from + n, nil
+		}
+		for i := seen; i < len(b); i++ {
+			if b[i] == '\n' && (i == 0 || b[i-1] != '\r') {
+				return 0, ErrMalformed // some take that for the head's end, which would not come
+			}
 		}
 		if seen = len(b); seen >= min(r.Size(), MaxHead) {
 			return 0, ErrHeadTooLong

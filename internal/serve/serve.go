@@ -7,7 +7,8 @@
 //	/_/ready    200; 429 when max_inflight calls are running, 503 while draining
 //	/_/sheaf    who this is, as JSON: function, replica, version, wire, inflight
 //
-// Everything else goes to the function's handler.
+// Everything else goes to the function's handler: through net/http, or, for the
+// blocks of a [BlockHandler], on a shorter way.
 package serve
 
 import (
@@ -246,12 +247,17 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
 		Handler:           s,
 		BaseContext:       func(net.Listener) context.Context { return base },
-		ReadHeaderTimeout: 5 * time.Second,
-		IdleTimeout:       3 * time.Minute, // longer than a route keeps an idle connection
+		ReadHeaderTimeout: headTimeout,
+		IdleTimeout:       idleTimeout,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+	serve, shutdown, closeAll := func() error { return srv.Serve(l) }, srv.Shutdown, srv.Close
+	if h, ok := s.Handler.(BlockHandler); ok {
+		b := newBlocks(base, s, h, srv, log, l)
+		serve, shutdown, closeAll = b.serve, b.shutdown, b.close
+	}
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
+	go func() { served <- serve() }()
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
@@ -267,11 +273,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 	defer cancel()
-	err := srv.Shutdown(last)
+	err := shutdown(last)
 	if err != nil {
 		n := s.inflight.Load()
 		cut(fmt.Errorf("function ends: %w", err))
-		_ = srv.Close() // it is what Shutdown could not do
+		_ = closeAll() // it is what shutdown could not do
 		// Without a call it waited only for a connection on which nothing came.
 		err = nil
 		if n > 0 {
@@ -301,7 +307,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.identity(w)
 		return
 	}
-	if p := s.misdirected(r); p != nil {
+	if p := s.misdirected(r.Header); p != nil {
 		refuse(w, p)
 		return
 	}
@@ -386,11 +392,11 @@ func (s *Server) identity(w http.ResponseWriter) {
 
 // misdirected refuses a request that names another addressee: an address may
 // have passed to another replica, or to another function.
-func (s *Server) misdirected(r *http.Request) *wire.Problem {
-	if r.Header[wire.To] == nil {
+func (s *Server) misdirected(h http.Header) *wire.Problem {
+	if h[wire.To] == nil {
 		return nil
 	}
-	e, err := wire.Open(r.Header)
+	e, err := wire.Open(h)
 	if err != nil {
 		return wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope, err.Error())
 	}

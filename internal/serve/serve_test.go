@@ -2,6 +2,7 @@ package serve_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -33,9 +35,42 @@ type running struct {
 	http  *http.Client
 }
 
+// A way is how calls come to a Handler: through net/http, or on the short way.
+type way string
+
+func bothWays(t *testing.T, test func(*testing.T, way)) {
+	for _, w := range []way{"net/http", "short"} {
+		t.Run(string(w), func(t *testing.T) { test(t, w) })
+	}
+}
+
+// shortcut makes a BlockHandler of any Handler.
+type shortcut struct{ http.Handler }
+
+func (shortcut) Room() (int64, time.Duration) { return 1 << 20, soon }
+
+func (shortcut) Admit(http.Header, time.Time) (a serve.Admission, p *wire.Problem) { return a, nil }
+
+func (s shortcut) ServeBlock(ctx context.Context, _ serve.Admission, header http.Header, block []byte, readErr error, _ time.Time) ([]byte, *wire.Problem) {
+	if readErr != nil {
+		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, readErr.Error())
+	}
+	r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/", bytes.NewReader(block))
+	r.Header = header
+	w := httptest.NewRecorder()
+	s.ServeHTTP(w, r)
+	if w.Code != http.StatusOK {
+		return nil, wire.Refuse(w.Code, wire.CodeFailed, w.Body.String())
+	}
+	return w.Body.Bytes(), nil
+}
+
 // run serves s until the test ends.
-func run(t *testing.T, s *serve.Server) *running {
+func (w way) run(t *testing.T, s *serve.Server) *running {
 	t.Helper()
+	if w == "short" {
+		s.Handler = shortcut{s.Handler}
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -61,7 +96,11 @@ func run(t *testing.T, s *serve.Server) *running {
 // get is the answer at path, with its body.
 func (r *running) get(t *testing.T, path string, header ...string) (*http.Response, string) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, r.url+path, nil)
+	method := http.MethodGet
+	if path == "/" {
+		method = http.MethodPost
+	}
+	req, err := http.NewRequestWithContext(t.Context(), method, r.url+path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,9 +174,11 @@ func (g *gate) call(t *testing.T, r *running) chan string {
 	return answer
 }
 
-func TestHealthAndIdentity(t *testing.T) {
+func TestHealthAndIdentity(t *testing.T) { bothWays(t, testHealthAndIdentity) }
+
+func testHealthAndIdentity(t *testing.T, w way) {
 	g := newGate()
-	r := run(t, &serve.Server{Handler: g, Function: "worker", Replica: "r1", Version: "v7", MaxInflight: 2})
+	r := w.run(t, &serve.Server{Handler: g, Function: "worker", Replica: "r1", Version: "v7", MaxInflight: 2})
 	answer := g.call(t, r)
 	for _, path := range []string{"/_/health", "/_/ready"} {
 		resp, body := r.get(t, path)
@@ -160,7 +201,9 @@ func TestHealthAndIdentity(t *testing.T) {
 	}
 }
 
-func TestMisdirected(t *testing.T) {
+func TestMisdirected(t *testing.T) { bothWays(t, testMisdirected) }
+
+func testMisdirected(t *testing.T, w way) {
 	ok := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })
 	for _, c := range []struct {
 		name              string
@@ -180,7 +223,7 @@ func TestMisdirected(t *testing.T) {
 		{"a long one", "worker", "r1", "worker/" + strings.Repeat("r", 9999), 421, wire.CodeMisdirected},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := run(t, &serve.Server{Handler: ok, Function: c.function, Replica: c.replica})
+			r := w.run(t, &serve.Server{Handler: ok, Function: c.function, Replica: c.replica})
 			var header []string
 			if c.to != "" {
 				header = []string{wire.To, c.to}
@@ -199,9 +242,11 @@ func TestMisdirected(t *testing.T) {
 	}
 }
 
-func TestMaxInflight(t *testing.T) {
+func TestMaxInflight(t *testing.T) { bothWays(t, testMaxInflight) }
+
+func testMaxInflight(t *testing.T, w way) {
 	g := newGate()
-	r := run(t, &serve.Server{Handler: g, MaxInflight: 2})
+	r := w.run(t, &serve.Server{Handler: g, MaxInflight: 2})
 	first, second := g.call(t, r), g.call(t, r)
 	for _, path := range []string{"/", "/_/ready"} {
 		resp, body := r.get(t, path)
@@ -225,9 +270,11 @@ func TestMaxInflight(t *testing.T) {
 }
 
 // TestDrain: the running call ends in peace, and nobody can begin another.
-func TestDrain(t *testing.T) {
+func TestDrain(t *testing.T) { bothWays(t, testDrain) }
+
+func testDrain(t *testing.T, w way) {
 	g := newGate()
-	r := run(t, &serve.Server{Handler: g, Grace: soon})
+	r := w.run(t, &serve.Server{Handler: g, Grace: soon})
 	answer := g.call(t, r)
 	r.stop()
 	addr := strings.TrimPrefix(r.url, "http://")
@@ -259,11 +306,13 @@ func TestDrain(t *testing.T) {
 
 // TestLinger: while those who send learn of the end, calls are still taken, but
 // the replica is not ready.
-func TestLinger(t *testing.T) {
+func TestLinger(t *testing.T) { bothWays(t, testLinger) }
+
+func testLinger(t *testing.T, w way) {
 	g := newGate()
 	close(g.open)
 	const linger = 300 * time.Millisecond
-	r := run(t, &serve.Server{Handler: g, Linger: linger})
+	r := w.run(t, &serve.Server{Handler: g, Linger: linger})
 	begun := time.Now()
 	r.stop()
 	for {
@@ -290,9 +339,11 @@ func TestLinger(t *testing.T) {
 }
 
 // TestGrace: a call that does not end is cut, and the error says so.
-func TestGrace(t *testing.T) {
+func TestGrace(t *testing.T) { bothWays(t, testGrace) }
+
+func testGrace(t *testing.T, w way) {
 	g := newGate()
-	r := run(t, &serve.Server{Handler: g, Grace: 50 * time.Millisecond})
+	r := w.run(t, &serve.Server{Handler: g, Grace: 50 * time.Millisecond})
 	answer := g.call(t, r)
 	r.stop()
 	err := r.wait(t)
@@ -306,8 +357,10 @@ func TestGrace(t *testing.T) {
 }
 
 // A connection that is open but says nothing is no call that could be cut.
-func TestGraceSilentConnection(t *testing.T) {
-	r := run(t, &serve.Server{Handler: newGate(), Grace: 50 * time.Millisecond})
+func TestGraceSilentConnection(t *testing.T) { bothWays(t, testGraceSilentConnection) }
+
+func testGraceSilentConnection(t *testing.T, w way) {
+	r := w.run(t, &serve.Server{Handler: newGate(), Grace: 50 * time.Millisecond})
 	c, err := net.Dial("tcp", strings.TrimPrefix(r.url, "http://"))
 	if err != nil {
 		t.Fatal(err)
@@ -326,8 +379,10 @@ func TestGraceSilentConnection(t *testing.T) {
 }
 
 // Whoever is refused is answered at once, even one whose body never comes.
-func TestRefusalReadsNoBodyForEver(t *testing.T) {
-	r := run(t, &serve.Server{Handler: newGate(), Function: "worker", Replica: "r1"})
+func TestRefusalReadsNoBodyForEver(t *testing.T) { bothWays(t, testRefusalReadsNoBodyForEver) }
+
+func testRefusalReadsNoBodyForEver(t *testing.T, w way) {
+	r := w.run(t, &serve.Server{Handler: newGate(), Function: "worker", Replica: "r1"})
 	c, err := net.Dial("tcp", strings.TrimPrefix(r.url, "http://"))
 	if err != nil {
 		t.Fatal(err)

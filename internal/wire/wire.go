@@ -195,6 +195,21 @@ func appendSum(b, body []byte) []byte {
 	return append(b, ':')
 }
 
+// AppendResult appends to b the header fields of the answer that carries a
+// worker's result, but for its length and the replica's name, in the form that
+// [Envelope.Append] has. proof is of the request.
+func AppendResult(b []byte, replica string, proof Proof, result []byte) []byte {
+	b = append(b, "Content-Type: application/octet-stream\r\n"+Digest+": "...)
+	digest := len(b)
+	b = appendSum(b, result)
+	end := len(b)
+	b = append(b, "\r\n"...)
+	if proof.Signed() {
+		b = appendField(b, Signature, proof.Answer(replica, string(b[digest:end])))
+	}
+	return b
+}
+
 // errDigest says that a body is not what its digest says.
 var errDigest = errors.New("body does not match its Content-Digest")
 

@@ -1,0 +1,450 @@
+package serve
+
+// blocks.go is the short way for blocks: a server of HTTP/1.1 for the one kind
+// of request that comes a million times, a POST to "/" with a length. Whatever
+// else comes on a connection (a probe, chunks, an upgrade, a head that is odd
+// in any way) is handed to net/http, unread, with the rest of the connection.
+// So net/http decides about all that is unusual, as it always did.
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/sheaf-project/sheaf/internal/http1"
+	"github.com/sheaf-project/sheaf/internal/wire"
+)
+
+// A BlockHandler is a Handler that also takes blocks the short way.
+type BlockHandler interface {
+	http.Handler
+	// Room returns how long a block may be, in bytes, and how long it may take
+	// to arrive, and its result to leave.
+	Room() (most int64, patience time.Duration)
+	// Admit looks at the header of a block, which began to arrive at the given
+	// time, before the block is read. A block that is refused here may be
+	// brought to ServeHTTP instead; one that is admitted is not.
+	Admit(header http.Header, begun time.Time) (Admission, *wire.Problem)
+	// ServeBlock works on a block that was admitted. readErr says why it did not
+	// come whole; it is an os.ErrDeadlineExceeded when it took too long. ctx ends
+	// when the caller has gone. header must not be kept.
+	ServeBlock(ctx context.Context, a Admission, header http.Header, block []byte, readErr error, begun time.Time) (result []byte, p *wire.Problem)
+}
+
+// An Admission is what the header of a block has told.
+type Admission struct {
+	Envelope wire.Envelope
+	Proof    wire.Proof // for the answer's signature
+}
+
+const (
+	headTimeout = 5 * time.Second // for a head to arrive
+	idleTimeout = 3 * time.Minute // longer than a route keeps an idle connection
+	lookAfter   = 10 * time.Millisecond
+	bufferSize  = 8 << 10
+	together    = 16 << 10 // a result up to this long is sent in one piece with its head
+)
+
+// blocks serves the connections of one listener.
+type blocks struct {
+	s       *Server
+	handler BlockHandler
+	base    context.Context // of all calls
+	rest    *http.Server    // serves what is not for the short way
+	others  handover
+	log     *slog.Logger
+	most    int64
+	wait    time.Duration
+	wg      sync.WaitGroup
+
+	l net.Listener
+
+	mu      sync.Mutex          // guards what follows
+	conns   map[*blockConn]bool // true while a block is worked on
+	closing bool
+}
+
+func newBlocks(base context.Context, s *Server, h BlockHandler, rest *http.Server, log *slog.Logger, l net.Listener) *blocks {
+	f := &blocks{s: s, handler: h, base: base, rest: rest, log: log, l: l, conns: make(map[*blockConn]bool),
+		others: handover{conns: make(chan net.Conn), closed: make(chan struct{}), addr: l.Addr()}}
+	f.most, f.wait = h.Room()
+	return f
+}
+
+// serve accepts connections until shutdown closes the listener, or it breaks.
+func (f *blocks) serve() error {
+	f.mu.Lock()
+	if f.closing {
+		f.mu.Unlock()
+		return http.ErrServerClosed
+	}
+	f.wg.Go(func() { _ = f.rest.Serve(&f.others) }) // ends by shutdown
+	f.mu.Unlock()
+	var pause time.Duration
+	for {
+		nc, err := f.l.Accept()
+		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) || errors.Is(err, syscall.ENOBUFS) {
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			f.log.Debug("accept", "err", err, "pause", pause)
+			time.Sleep(pause)
+			continue
+		}
+		f.mu.Lock()
+		switch {
+		case f.closing:
+			err = http.ErrServerClosed
+			if nc != nil {
+				_ = nc.Close()
+			}
+		case err == nil:
+			c := &blockConn{f: f, nc: nc, r: bufio.NewReaderSize(nc, bufferSize), looked: make(chan struct{}, 1)}
+			f.conns[c] = false
+			f.wg.Go(c.serve)
+		}
+		f.mu.Unlock()
+		if err != nil {
+			_ = f.others.Close()
+			return err
+		}
+		pause = 0
+	}
+}
+
+// shutdown closes the listener and the idle connections, and waits until all
+// others have ended their blocks, or ctx ends.
+func (f *blocks) shutdown(ctx context.Context) error {
+	f.mu.Lock()
+	f.closing = true
+	_ = f.l.Close()
+	for c, busy := range f.conns {
+		if !busy {
+			_ = c.nc.Close()
+		}
+	}
+	f.mu.Unlock()
+	err := f.rest.Shutdown(ctx)
+	ended := make(chan struct{})
+	go func() { f.wg.Wait(); close(ended) }()
+	select {
+	case <-ended:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// close ends all connections. Who works on a block has been told by the end of
+// its context.
+func (f *blocks) close() error {
+	f.mu.Lock()
+	for c := range f.conns {
+		_ = c.nc.Close()
+	}
+	f.mu.Unlock()
+	return f.rest.Close()
+}
+
+// busy notes whether c works on a block. It returns false when the server ends,
+// and the connection shall.
+func (f *blocks) busy(c *blockConn, busy bool) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.conns[c] = busy
+	return !f.closing
+}
+
+// blockConn is one connection. One goroutine reads blocks, has them worked on
+// and writes results.
+type blockConn struct {
+	f         *blocks
+	nc        net.Conn
+	r         *bufio.Reader
+	head      http1.Head
+	out       []byte
+	last      bool          // the connection ends with this answer
+	admission Admission     // of the block at hand
+	refusal   *wire.Problem // of it, before it was read
+
+	readBy, writeBy time.Time // deadlines that are set; zero is none
+
+	ctx      context.Context // ends when the caller has gone
+	cancel   context.CancelCauseFunc
+	watching bool
+	look     *time.Timer
+	looked   chan struct{} // has a token when look's goroutine is done
+
+	mu     sync.Mutex // guards enough
+	enough bool       // there is no need to look
+}
+
+func (c *blockConn) serve() {
+	handed := false
+	defer func() {
+		if v := recover(); v != nil {
+			c.f.log.Error("serving a block panicked", "panic", v, "stack", string(debug.Stack()))
+		}
+		c.f.mu.Lock()
+		delete(c.f.conns, c)
+		c.f.mu.Unlock()
+		if !handed {
+			_ = c.nc.Close()
+		}
+	}()
+	c.ctx, c.cancel = context.WithCancelCause(c.f.base)
+	defer c.cancel(nil)
+	c.readUntil(time.Now().Add(headTimeout), 0)
+	for {
+		if _, err := c.r.Peek(1); err != nil || !c.f.busy(c, true) {
+			return
+		}
+		begun := time.Now()
+		n, err := c.wait(begun)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		if err != nil || !c.plain(n, begun) {
+			_ = c.nc.SetReadDeadline(time.Time{})
+			handed = c.f.others.take(&replay{Conn: c.nc, r: c.r})
+			return
+		}
+		_, _ = c.r.Discard(n) // it is there
+		if !c.block(begun) || !c.f.busy(c, false) {
+			return
+		}
+		c.readUntil(begun.Add(idleTimeout), idleTimeout/16)
+	}
+}
+
+// readUntil sets the deadline for reading, unless the one that is set differs
+// by no more than slack.
+func (c *blockConn) readUntil(t time.Time, slack time.Duration) {
+	if c.readBy.IsZero() || t.Sub(c.readBy).Abs() > slack {
+		c.readBy = t
+		_ = c.nc.SetReadDeadline(t) // that a connection is closed is seen when it is read
+	}
+}
+
+// wait waits for a head and returns its length.
+func (c *blockConn) wait(begun time.Time) (int, error) {
+	b, _ := c.r.Peek(c.r.Buffered()) // it is there
+	if n := http1.Complete(b); n > 0 {
+		return n, nil // as nearly always: a head comes in one piece
+	}
+	c.readUntil(begun.Add(headTimeout), 0)
+	return http1.Wait(c.r)
+}
+
+// plain says whether the request, whose head is n bytes long, goes the short
+// way. Who is refused unread does so only if the block need not be waited for.
+func (c *blockConn) plain(n int, begun time.Time) bool {
+	b, _ := c.r.Peek(n) // it is there
+	if c.head.Parse(string(b)) != nil || !c.head.PostsRoot() || c.head.Length > c.f.most {
+		return false
+	}
+	c.last = c.head.Close
+	s := c.f.s
+	if c.refusal = s.misdirected(c.head.Header); c.refusal == nil {
+		if !s.enter() {
+			c.refusal = busy(s.MaxInflight)
+		} else if c.admission, c.refusal = c.f.handler.Admit(c.head.Header, begun); c.refusal != nil {
+			s.inflight.Add(-1)
+		}
+	}
+	return c.refusal == nil || int64(c.r.Buffered()-n) >= c.head.Length
+}
+
+// block reads a block, has it worked on and writes what came of it. It returns
+// false when the connection is over.
+func (c *blockConn) block(begun time.Time) bool {
+	if p := c.refusal; p != nil {
+		c.refusal = nil
+		_, _ = c.r.Discard(int(c.head.Length)) // it is there
+		return c.refuse(p)
+	}
+	defer c.f.s.inflight.Add(-1)
+	if int64(c.r.Buffered()) < c.head.Length {
+		c.readUntil(begun.Add(c.f.wait), 0)
+	}
+	data, readErr := wire.ReadBody(c.head.Body(c.r), c.head.Length, c.f.most)
+	if readErr != nil {
+		c.last = true // where the next request would begin is not known
+	}
+	c.watch()
+	result, p := c.f.handler.ServeBlock(c.ctx, c.admission, c.head.Header, data, readErr, begun)
+	c.watched()
+	if c.ctx.Err() != nil && c.f.base.Err() == nil {
+		return false // nobody is there to be answered
+	}
+	if p != nil {
+		return c.refuse(p)
+	}
+	b := http1.AppendStatus(c.out[:0], http.StatusOK)
+	b = wire.AppendResult(b, c.f.s.Replica, c.admission.Proof, result)
+	return c.send(b, result)
+}
+
+// refuse writes a problem.
+func (c *blockConn) refuse(p *wire.Problem) bool {
+	a := short{header: make(http.Header)}
+	p.Write(&a)
+	b := http1.AppendStatus(c.out[:0], a.status)
+	for key, values := range a.header {
+		if key != "Content-Length" {
+			for _, v := range values {
+				b = append(append(append(append(b, key...), ": "...), v...), "\r\n"...)
+			}
+		}
+	}
+	return c.send(b, a.body)
+}
+
+// send writes an answer, of which b is the head so far. It returns whether the
+// connection lives on.
+func (c *blockConn) send(b, body []byte) bool {
+	if c.f.s.Replica != "" {
+		b = append(append(append(b, wire.Replica+": "...), c.f.s.Replica...), "\r\n"...)
+	}
+	now := time.Now()
+	b = append(now.UTC().AppendFormat(append(b, "Date: "...), http.TimeFormat), "\r\n"...)
+	if c.last = c.last || !c.f.busy(c, true); c.last {
+		b = append(b, "Connection: close\r\n"...)
+	}
+	b = strconv.AppendInt(append(b, "Content-Length: "...), int64(len(body)), 10)
+	b = append(b, "\r\n\r\n"...)
+	// A caller who does not read must not keep the replica busy for ever.
+	if until := now.Add(c.f.wait); until.Sub(c.writeBy) > c.f.wait/8 {
+		c.writeBy = until
+		_ = c.nc.SetWriteDeadline(until)
+	}
+	var err error
+	if len(body) <= together {
+		b = append(b, body...)
+		_, err = c.nc.Write(b)
+	} else {
+		_, err = (&net.Buffers{b, body}).WriteTo(c.nc)
+	}
+	c.out = b[:0]
+	return err == nil && !c.last
+}
+
+// watch begins to watch for the caller to leave, which matters only where the
+// work takes its time.
+func (c *blockConn) watch() {
+	if c.last || c.r.Buffered() > 0 { // it sent all, or more: it is there
+		return
+	}
+	c.watching = true
+	if c.look == nil {
+		c.look = time.AfterFunc(lookAfter, c.lookOut)
+	} else {
+		c.look.Reset(lookAfter)
+	}
+}
+
+// watched ends what watch began.
+func (c *blockConn) watched() {
+	if !c.watching {
+		return
+	}
+	c.watching = false
+	if c.look.Stop() {
+		return // it has not begun to look
+	}
+	c.mu.Lock()
+	c.enough = true
+	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // long ago
+	c.mu.Unlock()
+	<-c.looked
+	c.enough = false
+	c.readBy = time.Time{} // so that it is set anew
+}
+
+// lookOut waits for anything to come: at this time that is the end of the
+// connection, or the next request, which stays where it is.
+func (c *blockConn) lookOut() {
+	defer func() { c.looked <- struct{}{} }()
+	c.mu.Lock()
+	if c.enough {
+		c.mu.Unlock()
+		return
+	}
+	_ = c.nc.SetReadDeadline(time.Time{})
+	c.mu.Unlock()
+	if _, err := c.r.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		c.cancel(errLeft)
+	}
+}
+
+var errLeft = errors.New("the caller has left")
+
+// short is an http.ResponseWriter for a short answer.
+type short struct {
+	header http.Header
+	status int
+	body   []byte
+}
+
+func (s *short) Header() http.Header         { return s.header }
+func (s *short) WriteHeader(status int)      { s.status = status }
+func (s *short) Write(b []byte) (int, error) { s.body = append(s.body, b...); return len(b), nil }
+
+// replay is a connection of which a part was read already.
+type replay struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+// Read reads what r holds first, and then past it.
+func (c *replay) Read(p []byte) (int, error) {
+	if c.r != nil {
+		if n := c.r.Buffered(); n > 0 {
+			return c.r.Read(p[:min(n, len(p))])
+		}
+		c.r = nil
+	}
+	return c.Conn.Read(p)
+}
+
+// handover is the net.Listener from which net/http takes connections that are
+// not for the short way.
+type handover struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+	addr   net.Addr
+}
+
+// take hands c over; false when nobody takes it any more.
+func (h *handover) take(c net.Conn) bool {
+	select {
+	case h.conns <- c:
+		return true
+	case <-h.closed:
+		return false
+	}
+}
+
+func (h *handover) Accept() (net.Conn, error) {
+	select {
+	case c := <-h.conns:
+		return c, nil
+	case <-h.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (h *handover) Close() error {
+	h.once.Do(func() { close(h.closed) })
+	return nil
+}
+
+func (h *handover) Addr() net.Addr { return h.addr }
