@@ -45,9 +45,10 @@ type Front struct {
 	// 30 seconds.
 	StartWait time.Duration
 
-	mux   *http.ServeMux
-	proxy *httputil.ReverseProxy
-	async *asyncQueue // nil without a stack: then nothing can be queued
+	mux     *http.ServeMux
+	proxy   *httputil.ReverseProxy
+	builder *builder    // nil without a stack: then nothing is built
+	async   *asyncQueue // nil without a stack: then nothing can be queued
 }
 
 // heartbeat is how often a stream of changes says that it lives.
@@ -90,6 +91,8 @@ func NewFront(p *Provider, version string) *Front {
 		"GET /system/replicas/{name}":         f.replicas,
 		"DELETE /system/replicas/{name}/{id}": f.kill,
 		"GET /system/views":                   func(w http.ResponseWriter, r *http.Request) { f.Views.ServeHTTP(w, r) },
+		"POST /build":                         f.build,
+		"GET /publickey":                      f.publicKey,
 		"/":                                   notFound,
 	} {
 		f.mux.HandleFunc(pattern, h)
@@ -117,8 +120,7 @@ func (f *Front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if strings.HasPrefix(r.URL.Path, "/system/") {
 		switch {
 		case !fromHere(r):
-			wire.Refuse(http.StatusForbidden, "foreign_host",
-				"the provider's API is for this machine: the Host must be a loopback address, and no web page may call").Write(w)
+			foreignHost(w)
 			return
 		case !f.Auth.allows(r):
 			unauthorized(w)
@@ -151,6 +153,11 @@ func fromHere(r *http.Request) bool {
 	}
 	ip := net.ParseIP(strings.Trim(host, "[]"))
 	return (host == "localhost" || ip != nil && ip.IsLoopback()) && r.Header.Get("Origin") == ""
+}
+
+func foreignHost(w http.ResponseWriter) {
+	wire.Refuse(http.StatusForbidden, "foreign_host",
+		"the provider's API is for this machine: the Host must be a loopback address, and no web page may call").Write(w)
 }
 
 func reply(w http.ResponseWriter, v any) {

@@ -61,6 +61,7 @@ type Provider struct {
 	Env map[string]string
 
 	command func(image string) ([]string, error)
+	prepare func(types.FunctionDeployment) error // sees to it that there is an image; nil when they all are there
 	log     *slog.Logger
 	spawn   *spawner
 	guard   *guard
@@ -161,6 +162,14 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) error {
 	if spec.Namespace != "" && spec.Namespace != Namespace {
 		return foreign(spec.Namespace)
 	}
+	if !create && !p.has(spec.Service) {
+		return p.unknown(spec.Service) // before it is built
+	}
+	if p.prepare != nil {
+		if err := p.prepare(spec); err != nil {
+			return err
+		}
+	}
 	if _, err := p.command(spec.Image); err != nil {
 		return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
 	}
@@ -195,6 +204,23 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) error {
 	defer p.mu.Unlock()
 	p.set(k)
 	return nil
+}
+
+func (p *Provider) has(name string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.functions[name] != nil
+}
+
+// enter says whether work may still begin; p.wg counts it until it is done.
+func (p *Provider) enter() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ctx.Err() != nil {
+		return false
+	}
+	p.wg.Add(1)
+	return true
 }
 
 // set makes or changes a function, whose spec has been checked. p.mu is held.

@@ -34,6 +34,8 @@ type Stack struct {
 	Provider *Provider
 	Front    *Front
 	Registry *registry.Registry
+	// BuildSecretFile has the secret that signs what is sent to POST /build.
+	BuildSecretFile string
 
 	log   *slog.Logger
 	nats  *server.Server
@@ -61,6 +63,8 @@ type Config struct {
 	Auth Auth
 	// Async says how asynchronous calls are made.
 	Async AsyncConfig
+	// Build says how functions are built.
+	Build BuildConfig
 	// Version is told at /system/info.
 	Version string
 	// Healthy says why the stack is not ready yet, at /healthz; nil means that
@@ -107,6 +111,12 @@ func Start(cfg Config) (_ *Stack, err error) {
 	s.Provider = NewProvider(cfg.Command, s.log)
 	s.Provider.store = s.store
 	s.Front = NewFront(s.Provider, cfg.Version)
+	build, secret, err := newBuilder(cfg.Build, s.Provider, s.store, cfg.Command)
+	if err != nil {
+		return nil, err
+	}
+	s.Front.builder, s.BuildSecretFile = build, secret
+	s.Provider.command, s.Provider.prepare = build.command, build.prepare
 	s.Front.Healthy, s.Front.Auth = cfg.Healthy, cfg.Auth
 	s.http = &http.Server{Handler: s.Front, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 3 * time.Minute,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
@@ -184,6 +194,10 @@ func (s *Stack) connect(name string) (*nats.Conn, error) {
 	s.conns = append(s.conns, nc)
 	return nc, nil
 }
+
+// Command says how a replica of an image is started, that Config.Command knows
+// or that was built here.
+func (s *Stack) Command(image string) ([]string, error) { return s.Provider.command(image) }
 
 // Client returns a client of the stack's own API.
 func (s *Stack) Client() *gateway.Client { return s.api }

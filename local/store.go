@@ -1,6 +1,7 @@
 package local
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,7 +26,10 @@ type store struct {
 const (
 	functionsFolder = "functions"
 	secretsFolder   = "secrets"
-	mountsFolder    = "mounts" // a folder for each replica that has secrets, while it lives
+	mountsFolder    = "mounts"   // a folder for each replica that has secrets, while it lives
+	imagesFolder    = "images"   // a file for each image that was built
+	programsFolder  = "programs" // what they are made of
+	buildsFolder    = "builds"   // a folder for each build, while it runs
 	natsFolder      = "nats"
 )
 
@@ -49,11 +53,13 @@ func openStore(dir string) (_ *store, err error) {
 	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("folder %s is in use by another stack: %w", dir, err)
 	}
-	// Replicas of a stack that was killed have left theirs.
-	if err := os.RemoveAll(filepath.Join(dir, mountsFolder)); err != nil {
-		return nil, err
+	// Replicas and builds of a stack that was killed have left theirs.
+	for _, folder := range []string{mountsFolder, buildsFolder} {
+		if err := os.RemoveAll(filepath.Join(dir, folder)); err != nil {
+			return nil, err
+		}
 	}
-	for _, folder := range []string{functionsFolder, secretsFolder, mountsFolder} {
+	for _, folder := range []string{functionsFolder, secretsFolder, mountsFolder, imagesFolder, programsFolder, buildsFolder} {
 		folder = filepath.Join(dir, folder)
 		if err := os.Mkdir(folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
@@ -91,6 +97,14 @@ func (s *store) write(folder, name string, data []byte) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), s.path(folder, name))
+}
+
+// makeSecret makes a file with a random secret, unless it is there.
+func (s *store) makeSecret(name string) error {
+	if _, err := os.Stat(s.path("", name)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return s.write("", name, []byte(rand.Text()+"\n"))
 }
 
 // names lists the files of a folder in order, without what a process that was

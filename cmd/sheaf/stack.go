@@ -71,8 +71,7 @@ func command(programs string) func(image string) ([]string, error) {
 // stack is a local stack with master and worker on it.
 type stack struct {
 	*local.Stack
-	command func(image string) ([]string, error)
-	ready   atomic.Bool // master and worker are warm
+	ready atomic.Bool // master and worker are warm
 }
 
 // start starts a local stack at cfg's port, or at any free one if that is taken
@@ -81,7 +80,7 @@ func start(ctx context.Context, cfg local.Config, orAny bool, workers int, s std
 	if cfg.Command == nil {
 		cfg.Command = command("")
 	}
-	st := &stack{command: cfg.Command}
+	st := &stack{}
 	port := cfg.Port
 	cfg.Version, cfg.Log = version, logger(s.err, verbose)
 	cfg.Healthy = func() error {
@@ -157,7 +156,7 @@ func (st *stack) deploy(ctx context.Context, workers int) error {
 func (st *stack) images() map[string]error {
 	missing := map[string]error{}
 	for _, f := range st.Provider.Functions() {
-		if _, err := st.command(f.Image); err != nil {
+		if _, err := st.Command(f.Image); err != nil {
 			missing[f.Name] = err
 		}
 	}
@@ -203,6 +202,14 @@ func split(list string) []string {
 	return out
 }
 
+// absolute is where a file or folder is, wherever the process goes; "" is "".
+func absolute(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
+}
+
 // up is the command that keeps a stack running.
 func up(ctx context.Context, args []string, s std) error {
 	f := flags(s, "up", "up [FLAGS]", "sheaf up --port 8080 --workers 4")
@@ -212,6 +219,8 @@ func up(ctx context.Context, args []string, s std) error {
 	auth := f.Bool("auth", false, "ask who uses /system/...: user admin, with a random password that faas-cli login is told")
 	passwordFile := f.String("password-file", "", "`file` with the password to ask for; means --auth")
 	programs := f.String("programs", "", "`folder` whose executable files may be deployed as functions: the image is the file's name")
+	buildDir := f.String("build-dir", "build", "`folder` in which faas-cli up --shrinkwrap leaves what is built when it is deployed; it need not exist yet")
+	secretFile := f.String("payload-secret", "", "`file` with the secret that faas-cli up --remote-builder signs builds with; without it one is made")
 	keyFile := f.String("callback-key-file", "", "`file` with the key that signs callbacks of asynchronous calls")
 	allow := f.String("callback-allow", "127.0.0.0/8,::1", "`list` of where callbacks may go beside public addresses: addresses, CIDRs and host:port, with commas between")
 	verbose := f.Bool("verbose", false, "log what happens")
@@ -240,6 +249,15 @@ func up(ctx context.Context, args []string, s std) error {
 		}
 	}
 	cfg.Command = command(*programs)
+	if cfg.Build.SecretFile, err = absolute(*secretFile); err != nil {
+		return err
+	}
+	if cfg.Build.Dir, err = absolute(*buildDir); err != nil {
+		return err
+	}
+	if err := cfg.Build.Validate(); err != nil {
+		return usagef("--payload-secret: %w", err)
+	}
 	var login string
 	if *auth || *passwordFile != "" {
 		if cfg.Auth, login, err = newLogin(*passwordFile); err != nil {
@@ -267,7 +285,11 @@ Try, in another terminal:
   curl -F file=@README.md -H 'Accept: application/json' '%[1]s/function/master?block=300'
   curl -N --data-binary @README.md -H 'Accept: application/x-ndjson' %[1]s/function/master
   sheaf ps --watch --gateway %[1]s
-`, st.URL, time.Since(begun).Round(time.Millisecond), *workers)
+
+Build and deploy functions with faas-cli (faas-cli new --lang sheaf-go NAME), by either of
+  faas-cli up --gateway %[1]s --shrinkwrap --skip-push
+  faas-cli up --gateway %[1]s --remote-builder %[1]s --payload-secret %[4]s
+`, st.URL, time.Since(begun).Round(time.Millisecond), *workers, st.BuildSecretFile)
 	if login != "" {
 		fmt.Fprintf(s.err, "\nThe API asks for a login:\n  %s --gateway %s\n", login, st.URL)
 	}
