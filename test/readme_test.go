@@ -17,17 +17,23 @@ var update = flag.Bool("update", false, "write the output that README.md and doc
 // shown below them, but for times and names that differ from run to run. Those
 // that need faas-cli run when FAAS_CLI names one.
 func TestReadme(t *testing.T) {
-	_, url := startUp(t, "--port", "0", "--workers", "4")
+	programs := filepath.Join(t.TempDir(), "programs")
+	if err := os.Mkdir(programs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	_, url := startUp(t, "--port", "0", "--workers", "4", "--programs", programs)
 	pages, err := filepath.Glob("../docs/*.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range append([]string{"../README.md"}, pages...) {
-		t.Run(filepath.Base(path), func(t *testing.T) { page(t, path, url) })
+		t.Run(filepath.Base(path), func(t *testing.T) { page(t, path, url, filepath.Dir(programs)) })
 	}
 }
 
-func page(t *testing.T, path, url string) {
+// page runs the commands of a page, in the root of the repository, or in the
+// folder tutorial when their block says so.
+func page(t *testing.T, path, url, tutorial string) {
 	rounds := 1
 	if *update {
 		rounds = 10 // README.md counts its own words: what it shows changes what it counts
@@ -37,7 +43,7 @@ func page(t *testing.T, path, url string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		real, commands := consoles(t, string(shown), url)
+		real, commands := consoles(t, string(shown), url, tutorial)
 		if path == "../README.md" && commands < 4 {
 			t.Fatalf("README.md has %d commands, and should have more", commands)
 		}
@@ -57,24 +63,42 @@ func page(t *testing.T, path, url string) {
 
 // varying is what may differ: times, sizes of blocks that follow from the
 // README's own length, ports, IDs, epochs, and the blanks that make columns.
-var varying = regexp.MustCompile(`\d+(\.\d+)?(µs|ms|s)\b|\d+ blocks? of up to|on \d+ replicas?|at \d+ %|127\.0\.0\.1:\d+|(worker|master)-[0-9a-f]{8}|\d\d:\d\d:\d\d +\d+| +`)
+var varying = regexp.MustCompile(`\d+(\.\d+)?(µs|ms|s)\b|\(cached\)|\d+ blocks? of up to|on \d+ replicas?|at \d+ %|127\.0\.0\.1:\d+|(worker|master)-[0-9a-f]{8}|\d\d:\d\d:\d\d +\d+| +`)
 
 // consoles runs the commands of the console blocks of a text, and returns it
-// with what they print below them, and how many they were.
-func consoles(t *testing.T, text, url string) (shown string, commands int) {
+// with what they print below them, and how many they were. Blocks of code that
+// say file=NAME are written to that file before.
+func consoles(t *testing.T, text, url, tutorial string) (shown string, commands int) {
 	t.Helper()
 	var out strings.Builder
+	var dir, file string // of the block
+	var code *strings.Builder
 	inside := false
 	for line := range strings.Lines(text) {
+		info, fence := strings.CutPrefix(line, "```")
 		switch {
-		case strings.HasPrefix(line, "```console"):
-			inside = !strings.Contains(line, "faas-cli") || os.Getenv("FAAS_CLI") != ""
-		case inside && strings.HasPrefix(line, "```"):
-			inside = false
+		case fence && !inside && code == nil:
+			dir, file = "..", attribute(info, "file")
+			if attribute(info, "in") == "tutorial" {
+				dir = tutorial
+			}
+			inside = strings.HasPrefix(info, "console") && (!strings.Contains(info, "faas-cli") || os.Getenv("FAAS_CLI") != "")
+			if file != "" {
+				code = new(strings.Builder)
+			}
+		case fence:
+			if code != nil {
+				if err := os.WriteFile(filepath.Join(dir, file), []byte(code.String()), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			inside, code = false, nil
+		case code != nil:
+			code.WriteString(line)
 		case inside && strings.HasPrefix(line, "$ "):
 			commands++
 			out.WriteString(line)
-			out.WriteString(shell(t, strings.TrimPrefix(line, "$ "), url))
+			out.WriteString(shell(t, dir, strings.TrimPrefix(line, "$ "), url))
 			continue
 		case inside:
 			continue // what it showed before
@@ -84,11 +108,24 @@ func consoles(t *testing.T, text, url string) (shown string, commands int) {
 	return out.String(), commands
 }
 
-// shell runs a command line in the root of the repository.
-func shell(t *testing.T, line, url string) string {
+// downloads is what the Go tool says of modules that it has not met.
+var downloads = regexp.MustCompile(`(?m)^go: downloading .*\n`)
+
+// attribute is the value of name=VALUE in what follows the beginning of a block.
+func attribute(info, name string) string {
+	for field := range strings.FieldsSeq(info) {
+		if value, ok := strings.CutPrefix(field, name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}
+
+// shell runs a command line in a folder.
+func shell(t *testing.T, dir, line, url string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "bash", "-o", "pipefail", "-c", strings.ReplaceAll(line, "http://127.0.0.1:8080", url))
-	cmd.Dir = ".."
+	cmd.Dir = dir
 	t.Cleanup(func() { _ = os.Remove("../counts.txt") }) // which one of them writes
 	path := []string{filepath.Dir(binary)}
 	if cli := os.Getenv("FAAS_CLI"); cli != "" {
@@ -96,6 +133,17 @@ func shell(t *testing.T, line, url string) string {
 	}
 	path = append(path, os.Getenv("PATH"))
 	cmd.Env = append(os.Environ(), "PATH="+strings.Join(path, string(os.PathListSeparator)), "OPENFAAS_URL="+url)
+	if dir != ".." { // a user's folder, who has sheaf as a module
+		modules, err := moduleEnv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, err := filepath.Abs("..")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Env = append(append(cmd.Env, modules...), "SHEAF="+root)
+	}
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
@@ -105,6 +153,7 @@ func shell(t *testing.T, line, url string) string {
 	if i := strings.Index(said, "port 8080 is taken"); i >= 0 { // on this machine, now
 		_, said, _ = strings.Cut(said[i:], "\n")
 	}
+	said = downloads.ReplaceAllString(said, "")
 	return strings.ReplaceAll(out.String()+said, url, "http://127.0.0.1:8080")
 }
 
