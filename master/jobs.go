@@ -67,14 +67,14 @@ func (h *Handler) jobs(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case len(r.RequestURI) > maxURI:
 		p = wire.Refuse(http.StatusRequestURITooLong, "uri_too_long", fmt.Sprintf("the URL is %d bytes long, and may be %d", len(r.RequestURI), maxURI)).Within(maxURI)
+	case place != "" && !jobs.ValidID(id):
+		p = wire.Refuse(http.StatusBadRequest, "bad_job_id",
+			fmt.Sprintf("job ID %q must be 1 to 64 letters, digits, hyphens and underscores", wire.Cut(id))).Within(64)
 	case known[place] == "":
 		p = wire.Refuse(http.StatusNotFound, wire.CodeNotFound, fmt.Sprintf("a job has nothing at %q; it has events, result and redrive", wire.Cut(what)))
 	case f == nil:
 		w.Header().Set("Allow", known[place])
 		p = wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod, fmt.Sprintf("this takes %s, not %s", known[place], wire.Cut(r.Method)))
-	case place != "" && !jobs.ValidID(id):
-		p = wire.Refuse(http.StatusBadRequest, "bad_job_id",
-			fmt.Sprintf("job ID %q must be 1 to 64 letters, digits, hyphens and underscores", wire.Cut(id))).Within(64)
 	default:
 		p = f(h, w, r, id)
 	}

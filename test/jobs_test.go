@@ -3,9 +3,13 @@ package test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -286,4 +290,221 @@ func TestProgressOfJobs(t *testing.T) {
 		t.Error("the result differs from a sequential count")
 	}
 	t.Logf("%d polls of %d blocks", polls, last.Blocks.Total)
+}
+
+// poisoned makes an input of lines that are a block each with block=6, some of
+// which a worker refuses, and its count without those.
+func poisoned(n int, bad ...int) (input, left string) {
+	var in, out strings.Builder
+	for i := range n {
+		line := fmt.Sprintf("w%d x\n", i%10)
+		if slices.Contains(bad, i) {
+			line = "poison\n"
+		} else {
+			out.WriteString(line)
+		}
+		in.WriteString(line)
+	}
+	return in.String(), sequential(out.String())
+}
+
+// Goals 8, 10 and 27: of 100 blocks 7 fail. What is tolerated decides over the
+// status, not over the body; and a redrive runs those 7 again and no other.
+func TestToleratedAndRedriven(t *testing.T) {
+	b := start(t, 1, nil)
+	log := b.logged(2, 0)
+	poison := log + ".held.poison"
+	if err := os.WriteFile(poison, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bad := []int{3, 20, 21, 50, 77, 98, 99}
+	in, left := poisoned(100, bad...)
+	named := func(of string) bool { return of == "3,20,21,50,77,98,99" }
+	type outcome struct {
+		Missing []struct {
+			Block, Bytes, Attempts int
+			Offset                 int64
+			Error                  string
+		}
+		Answer json.RawMessage
+	}
+	for _, way := range []string{"synchronous", "job"} {
+		ask := func(tolerate, accept string) answer {
+			query := "?function=logged&block=6"
+			if tolerate != "" {
+				query += "&tolerate=" + url.QueryEscape(tolerate)
+			}
+			if way == "synchronous" {
+				return b.do("POST", "/function/master"+query, in, "Accept", accept)
+			}
+			j := b.job(b.do("POST", jobsPath+query, in))
+			if end := b.ended(j.ID); end.Blocks.Total != 100 || end.Blocks.Done != 93 || end.Blocks.Failed != 7 {
+				t.Errorf("ended as %+v", end)
+			}
+			return b.do("GET", jobsPath+"/"+j.ID+"/result", "", "Accept", accept)
+		}
+		if a := ask("", "text/plain"); a.status != 424 || a.header.Get("Sheaf-Code") != "blocks_failed" || !strings.Contains(a.body, "this block is poison") {
+			t.Errorf("%s, nothing tolerated: %d %s", way, a.status, a.body)
+		}
+		for _, c := range []struct {
+			tolerate string
+			status   int
+		}{{"10", 200}, {"7", 200}, {"7%", 200}, {"6", 424}, {"5", 424}, {"6.9%", 424}, {"0", 424}} {
+			if a := ask(c.tolerate, "text/plain"); a.status != c.status || a.body != left || !named(a.header.Get("Sheaf-Missing")) {
+				t.Errorf("%s, tolerate=%s: %d %.300q, missing %s", way, c.tolerate, a.status, a.body, a.header.Get("Sheaf-Missing"))
+			}
+		}
+		var both []string
+		for _, tolerate := range []string{"10", "5"} {
+			a := ask(tolerate, "application/json")
+			var o outcome
+			if err := json.Unmarshal([]byte(a.body), &o); err != nil || len(o.Missing) != 7 || len(o.Answer) == 0 {
+				t.Fatalf("%s, tolerate=%s: %d %v %s", way, tolerate, a.status, err, a.body)
+			}
+			for i, m := range o.Missing {
+				if m.Block != bad[i] || m.Bytes != 7 || m.Attempts != 1 || !strings.Contains(m.Error, "this block is poison") {
+					t.Errorf("%s: missing is %+v", way, m)
+				}
+			}
+			both = append(both, string(o.Answer))
+			lines := strings.Split(strings.TrimSpace(ask(tolerate, "application/x-ndjson").body), "\n")
+			last := lines[len(lines)-1]
+			if len(lines) != 101 || strings.Contains(last, `"done":true`) != (tolerate == "10") || strings.Contains(last, "blocks_failed") != (tolerate == "5") {
+				t.Errorf("%s, tolerate=%s: %d lines, the last %s", way, tolerate, len(lines), last)
+			}
+			events := ask(tolerate, "text/event-stream").body
+			if !strings.Contains(events, "event: result\n") || strings.Contains(events, "event: done\n") != (tolerate == "10") || strings.Contains(events, "event: error\n") != (tolerate == "5") {
+				t.Errorf("%s, tolerate=%s: events %.500s", way, tolerate, events)
+			}
+		}
+		if both[0] != both[1] {
+			t.Errorf("%s: the answers differ: %s and %s", way, both[0], both[1])
+		}
+	}
+	for _, c := range []string{"-1", "101%", "-1%", "x", "5%%", "", "NaN%", "1.5", "1e400%"} {
+		if a := b.do("POST", "/function/master?tolerate="+url.QueryEscape(c), in); a.status != 400 && a.status != 422 {
+			t.Errorf("tolerate=%s: %d %s", c, a.status, a.body)
+		}
+	}
+
+	j := b.submit("function=logged&block=6", in)
+	if end := b.ended(j.ID); end.State != "failed" || end.Error.Code != "blocks_failed" || end.Blocks.Failed != 7 || end.Blocks.Done != 93 {
+		t.Errorf("ended as %+v", end)
+	}
+	if err := os.Remove(poison); err != nil {
+		t.Fatal(err)
+	}
+	before := runs(t, log)[j.ID]
+	if a := b.do("POST", jobsPath+"/"+j.ID+"/redrive", ""); a.status != 202 || b.job(a).Redrives != 1 {
+		t.Errorf("redrive: %d %s", a.status, a.body)
+	}
+	if end := b.ended(j.ID); end.State != "succeeded" || end.Blocks.Done != 100 {
+		t.Errorf("after the redrive: %+v", end)
+	}
+	if a := b.do("GET", jobsPath+"/"+j.ID+"/result", ""); a.body != sequential(in) {
+		t.Error("after the redrive the counts differ from a sequential count")
+	}
+	for block, n := range runs(t, log)[j.ID] {
+		i, _ := strconv.Atoi(block)
+		if want := before[block]; slices.Contains(bad, i) && n != want+1 || !slices.Contains(bad, i) && n != want {
+			t.Errorf("block %d was run %d times, %d of them before the redrive", i, n, want)
+		}
+	}
+	if a := b.do("POST", jobsPath+"/"+j.ID+"/redrive", ""); a.status != 409 || a.header.Get("Sheaf-Code") != "not_failed" {
+		t.Errorf("redrive of a success: %d %s", a.status, a.body)
+	}
+}
+
+// Goal N15: what there is after a while, what is missing, and the rest: both
+// bodies are the whole.
+func TestAnswerInParts(t *testing.T) {
+	b := start(t, 1, nil)
+	log := b.logged(2, 0)
+	held := log + ".held"
+	if err := os.WriteFile(held, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	in := strings.Repeat("a b\n", 20) + "held\n" + strings.Repeat("c\n", 30)
+	lines := "application/x-ndjson"
+	part := b.do("POST", jobsPath+"?function=logged&block=4", in, "Prefer", "wait=1", "Accept", lines)
+	missing, next := part.header.Get("Sheaf-Missing"), part.header.Get("Link")
+	if part.status != 202 || strings.Count(part.body, "\n") != 20 || !strings.HasPrefix(missing, "20") || part.header.Get("Preference-Applied") != "wait=1" {
+		t.Fatalf("first part: %d, missing %s, %s", part.status, missing, part.body)
+	}
+	link, ok := strings.CutSuffix(strings.TrimPrefix(next, "<"), `>; rel="next"`)
+	if !ok || !strings.HasSuffix(link, "/result?from=20") {
+		t.Fatalf("the link is %s", next)
+	}
+	if a := b.do("GET", strings.TrimSuffix(link, "?from=20"), "", "Prefer", "wait=0"); a.status != 202 || b.job(a).State != "running" {
+		t.Errorf("as text: %d %s", a.status, a.body)
+	}
+	if err := os.Remove(held); err != nil {
+		t.Fatal(err)
+	}
+	rest := b.do("GET", link, "", "Prefer", "wait=30", "Accept", lines)
+	all := b.do("GET", strings.TrimSuffix(link, "?from=20"), "", "Accept", lines)
+	if rest.status != 200 || all.status != 200 || part.body+rest.body != all.body {
+		t.Errorf("the parts are not the whole:\n%s---\n%s---\n%s", part.body, rest.body, all.body)
+	}
+	if n := strings.Count(all.body, "\n"); n != 20+1+15+1 {
+		t.Errorf("the whole has %d lines", n)
+	}
+	if a := b.do("GET", link, ""); a.status != 400 {
+		t.Errorf("from as text: %d %s", a.status, a.body)
+	}
+	if a := b.do("GET", link, "", "Prefer", "wait=x"); a.status != 400 {
+		t.Errorf("wait=x: %d %s", a.status, a.body)
+	}
+}
+
+func TestJobRefusals(t *testing.T) {
+	b := start(t, 1, map[string]string{"max_job_input": "1000", "max_job_blocks": "100", "max_job_result": "20", "max_queued": "1", "replica_wait": "1s"})
+	for _, c := range []struct {
+		name, method, path, body string
+		status                   int
+		code                     string
+	}{
+		{"too large", "POST", "", strings.Repeat("x\n", 600), 413, "input_too_large"},
+		{"too many blocks", "POST", "?block=2", strings.Repeat("x\n", 200), 422, "too_many_blocks"},
+		{"bad parameter", "POST", "?block=x", "a", 400, "bad_parameter"},
+		{"unknown parameter", "POST", "?blocks=1", "a", 400, "bad_parameter"},
+		{"malformed", "POST", "?split=json", "{", 422, "malformed_input"},
+		{"own worker", "POST", "?function=master", "a", 422, "depth_exceeded"},
+		{"method", "PUT", "", "", 405, "method_not_allowed"},
+		{"method of a job", "POST", "/id", "", 405, "method_not_allowed"},
+		{"nothing there", "GET", "/id/more", "", 404, "not_found"},
+		{"dots", "GET", "/..%2f..", "", 400, "bad_job_id"},
+		{"NUL", "GET", "/a%00", "", 400, "bad_job_id"},
+		{"long", "GET", "/" + strings.Repeat("a", 65), "", 400, "bad_job_id"},
+		{"slash", "GET", "/a%2fb/result", "", 404, "not_found"},
+		{"state", "GET", "?state=done", "", 422, "unknown_state"},
+		{"limit", "GET", "?limit=0", "", 422, "out_of_range"},
+		{"forgotten", "DELETE", "/none", "", 404, "job_not_found"},
+		{"forgotten redrive", "POST", "/none/redrive", "", 404, "job_not_found"},
+	} {
+		if a := b.do(c.method, jobsPath+c.path, c.body); a.status != c.status || a.header.Get("Sheaf-Code") != c.code || !strings.Contains(a.body, `"detail"`) {
+			t.Errorf("%s: %d %s, want %d %s", c.name, a.status, a.body, c.status, c.code)
+		}
+	}
+	j := b.submit("block=5", "a1 b1 c1 d1 e1 f1 g1\n")
+	if end := b.ended(j.ID); end.State != "failed" || end.Error.Code != "result_too_large" {
+		t.Errorf("a result over the limit: %+v", end)
+	}
+	if a := b.do("GET", jobsPath+"/"+j.ID+"/result", ""); a.status != 413 || a.header.Get("Sheaf-Code") != "result_too_large" {
+		t.Errorf("its result: %d %s", a.status, a.body)
+	}
+	b.scale(0)
+	first := b.submit("", "a")
+	if a := b.do("POST", jobsPath, "b"); a.status != 429 || a.header.Get("Sheaf-Code") != "too_many_jobs" || a.header.Get("Retry-After") == "" {
+		t.Errorf("a second one: %d %s", a.status, a.body)
+	}
+	if a := b.do("DELETE", jobsPath+"/"+first.ID, ""); a.status != 200 {
+		t.Errorf("cancel: %d %s", a.status, a.body)
+	}
+	b.StopNATS()
+	for _, a := range []answer{b.do("POST", jobsPath, "a"), b.do("GET", jobsPath, ""), b.do("GET", first.Result, "")} {
+		if a.status != 503 || a.header.Get("Sheaf-Code") != "store_unavailable" {
+			t.Errorf("without NATS: %d %s", a.status, a.body)
+		}
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -49,6 +50,7 @@ func runLogged(log string) {
 		panic(err)
 	}
 	slow, _ := time.ParseDuration(os.Getenv("slow"))
+	held := os.Getenv("held")
 	worker.Main(func(ctx context.Context, b sheaf.Block) ([]byte, error) {
 		if _, err := fmt.Fprintf(f, "%s %d\n", worker.CallOf(ctx).Job, b.Index); err != nil {
 			return nil, err
@@ -56,6 +58,15 @@ func runLogged(log string) {
 		select {
 		case <-time.After(slow):
 		case <-ctx.Done():
+		}
+		for held != "" && bytes.Contains(b.Data, []byte("held")) { // until the test lets it go
+			if _, err := os.Stat(held); err != nil || ctx.Err() != nil {
+				break
+			}
+			time.Sleep(2 * time.Millisecond)
+		}
+		if _, err := os.Stat(held + ".poison"); err == nil && bytes.Contains(b.Data, []byte("poison")) {
+			return nil, worker.Reject(errors.New("this block is poison"))
 		}
 		return wordcount.Count(ctx, b)
 	})
@@ -96,7 +107,7 @@ func (b *bench) logged(n int, slow time.Duration) (log string) {
 	log = filepath.Join(b.t.TempDir(), "runs.log")
 	labels := map[string]string{local.LabelMin: strconv.Itoa(n), local.LabelMax: strconv.Itoa(n)}
 	if err := b.Client().Deploy(b.t.Context(), types.FunctionDeployment{Service: "logged", Image: "logged", Labels: &labels,
-		EnvVars: map[string]string{loggedFunction: log, "slow": slow.String()}}); err != nil {
+		EnvVars: map[string]string{loggedFunction: log, "slow": slow.String(), "held": log + ".held"}}); err != nil {
 		b.t.Fatal(err)
 	}
 	b.waitFor("logged", n)
