@@ -191,7 +191,8 @@ func TestRunRefuses(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"help"}, {"--help"}, {"run", "-h"}, {"up", "-h"}, {"ps", "--help"}} {
+	for _, args := range [][]string{{"help"}, {"--help"}, {"run", "-h"}, {"up", "-h"}, {"ps", "--help"},
+		{"submit", "-h"}, {"jobs", "-h"}, {"status", "-h"}, {"result", "-h"}, {"cancel", "-h"}, {"redrive", "-h"}} {
 		got := cli(t, "", args...)
 		if got.code != 0 || !strings.Contains(got.out+got.err, "or example") {
 			t.Errorf("sheaf %v: exit code %d, and no example in %s%s", args, got.code, got.out, got.err)

@@ -508,3 +508,73 @@ func TestJobRefusals(t *testing.T) {
 		}
 	}
 }
+
+func TestJobCommands(t *testing.T) {
+	_, at := startUp(t, "--port", "0", "--workers", "2")
+	in := text(9, 30_000)
+	path, want := file(t, in), sequential(in)
+	sheaf := func(code int, args ...string) said {
+		t.Helper()
+		got := cli(t, in, append(args, "--gateway", at)...)
+		if got.code != code {
+			t.Errorf("sheaf %s: exit code %d, want %d: %s%s", strings.Join(args, " "), got.code, code, got.out, got.err)
+		}
+		return got
+	}
+	id := strings.TrimSpace(sheaf(0, "submit", path, "--block", "1KiB", "--key", "monday").out)
+	if id != "monday" {
+		t.Errorf("the ID is %q", id)
+	}
+	if again := sheaf(0, "submit", path, "--block", "1KiB", "--key", "monday"); strings.TrimSpace(again.out) != id {
+		t.Errorf("sent again: %+v", again)
+	}
+	if other := sheaf(1, "submit", path, "--block", "2KiB", "--key", "monday"); !strings.Contains(other.err, "idempotency_conflict") || other.out != "" {
+		t.Errorf("another job of that name: %+v", other)
+	}
+	if got := sheaf(0, "result", "--wait", id); got.out != want {
+		t.Error("the result differs from a sequential count")
+	}
+	if got := sheaf(0, "result", id, "--output", "json"); !json.Valid([]byte(got.out)) {
+		t.Errorf("as JSON: %.200s", got.out)
+	}
+	if got := sheaf(0, "submit", "-", "--wait", "--split", "bytes", "--block", "999"); got.out != want || !strings.Contains(got.err, "is stored") {
+		t.Errorf("from standard input, waited for: %.300s", got.err)
+	}
+	for _, says := range []string{"state       succeeded", "blocks      30: 30 done", "kept until  20"} {
+		if got := sheaf(0, "status", id); !strings.Contains(got.out, says) {
+			t.Errorf("the status does not say %q: %s", says, got.out)
+		}
+	}
+	var j job
+	if got := sheaf(0, "status", id, "--output", "json"); json.Unmarshal([]byte(got.out), &j) != nil || j.State != "succeeded" {
+		t.Errorf("the status as JSON: %s", got.out)
+	}
+	if got := sheaf(0, "jobs"); !strings.HasPrefix(got.out, "JOB ") || strings.Count(got.out, "succeeded") != 2 {
+		t.Errorf("jobs: %s", got.out)
+	}
+	var list []job
+	if got := sheaf(0, "jobs", "--state", "failed", "--output", "json"); json.Unmarshal([]byte(got.out), &list) != nil || len(list) != 0 {
+		t.Errorf("failed jobs: %s", got.out)
+	}
+	if got := sheaf(0, "cancel", id); !strings.Contains(got.out, "succeeded") {
+		t.Errorf("cancel of a success: %s", got.out)
+	}
+	if got := sheaf(1, "redrive", id); !strings.Contains(got.err, "not_failed") {
+		t.Errorf("redrive of a success: %s", got.err)
+	}
+	if got := sheaf(1, "result", "none"); !strings.Contains(got.err, "job_not_found") || got.out != "" {
+		t.Errorf("the result of no job: %+v", got)
+	}
+	for _, args := range [][]string{{"submit"}, {"submit", path, path}, {"submit", path, "--block", "x"}, {"submit", path, "--split", "x"}, {"submit", path, "--workers", "0"},
+		{"status"}, {"result"}, {"cancel", "a", "b"}, {"jobs", "x"}, {"jobs", "--state", "x"}, {"jobs", "--limit", "0"}, {"status", "x", "--output", "xml"}} {
+		if got := sheaf(2, args...); got.out != "" || !strings.HasPrefix(got.err, "sheaf: ") {
+			t.Errorf("sheaf %v: %+v", args, got)
+		}
+	}
+	if got := cli(t, "", "submit", path, "--gateway", "http://127.0.0.1:1"); got.code != 1 || strings.Count(got.err, "sending it again") != 4 {
+		t.Errorf("nobody there: %+v", got)
+	}
+	if got := sheaf(1, "submit", "/none"); !strings.Contains(got.err, "no such file") {
+		t.Errorf("no file: %+v", got)
+	}
+}

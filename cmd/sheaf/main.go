@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"slices"
@@ -85,6 +86,14 @@ Usage: sheaf COMMAND [FLAGS]
   up          keep a local stack running: gateway, NATS, master and worker
   ps          show the replicas of functions: rank, address, state, epoch
   serve CMD   be a worker: each block is the input of a program, its output the result
+
+  submit FILE  store a job that goes on without you, and print its ID
+  jobs         list jobs
+  status ID    tell how far a job is
+  result ID    print the answer of a job
+  cancel ID    end a job
+  redrive ID   run those blocks of a failed job again that have no result
+
   version     print the version
   help        print this; sheaf COMMAND -h prints a command's flags
 
@@ -94,6 +103,7 @@ For example:
   sheaf run --block 300 --workers 6 FILE # in blocks of 300 bytes, on 6 replicas
   sheaf up                               # then, in another terminal:
   curl --data-binary @FILE http://127.0.0.1:8080/function/master
+  sheaf submit --wait FILE               # it survives the master, and you
 
 Exit codes: 0 done, 1 failed, 2 wrong command line, 130 interrupted, 141 the
 reader of the answer left.
@@ -113,6 +123,18 @@ func run(ctx context.Context, args []string, s std) error {
 		return ps(ctx, args[1:], s)
 	case "serve":
 		return serve(args[1:], s)
+	case "submit":
+		return submitJob(ctx, args[1:], s)
+	case "jobs":
+		return listJobs(ctx, args[1:], s)
+	case "status":
+		return jobCommand("status", http.MethodGet, "", "sheaf status --output json 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
+	case "result":
+		return jobResult(ctx, args[1:], s)
+	case "cancel":
+		return jobCommand("cancel", http.MethodDelete, "", "sheaf cancel 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
+	case "redrive":
+		return jobCommand("redrive", http.MethodPost, "/redrive", "sheaf redrive 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
 	case "version", "--version", "-version":
 		fmt.Fprintln(s.out, "sheaf", version)
 		return nil
