@@ -45,7 +45,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	// What wires adapters together.
 	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "job", "registry"},
 		modules: []string{"github.com/nats-io/nats.go"}},
-	"connector": {own: []string{"", "broker", "gateway", "internal/serve", "internal/wire", "registry"},
+	"connector": {own: []string{"", "broker", "internal/wire"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
 			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang"}},
 	"local": {own: []string{"", "gateway", "internal/wire", "registry"},
@@ -58,7 +58,8 @@ var rooms = map[string]struct{ own, modules []string }{
 	"functions/wordcount": {own: []string{""}},
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},
 	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},
-	"cmd/connector":       {own: []string{"connector"}},
+	"cmd/connector": {own: []string{"broker", "connector", "gateway", "internal/serve", "internal/wire", "kube", "registry"},
+		modules: []string{"github.com/nats-io/nats.go"}},
 	"cmd/sheaf": {own: []string{"", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
 		modules: []string{"github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},

@@ -266,7 +266,7 @@ func tooLarge(t *testing.T, open Open) {
 			runtime.ReadMemStats(&before)
 			refused(t, route, request(to, framing), sheaf.FaultRejected)
 			runtime.ReadMemStats(&after)
-			if got := after.TotalAlloc - before.TotalAlloc; got > 4*MaxReply {
+			if got := after.TotalAlloc - before.TotalAlloc; got > 8*MaxReply {
 				t.Errorf("refusing an answer over %d bytes took %d bytes of memory", MaxReply, got)
 			}
 			if n := sent.Load(); n > 8*MaxReply {

@@ -1,4 +1,4 @@
-package connector
+package main
 
 import (
 	"io/fs"
@@ -38,6 +38,8 @@ func TestEnvironment(t *testing.T) {
 		{"sheaf_listen=8080", `sheaf_listen is "8080"; expected host:port`},
 		{"asynchronous_invocation=maybe", `asynchronous_invocation is "maybe"`},
 		{"nats_creds=/no/creds", `nats_creds is "/no/creds"; expected the path`},
+		{"replica_source=kube function_namespace=fn nats_url=nats://a:1 broker_host=b", ""},
+		{"replica_source=dns", `replica_source is "dns"; expected gateway or kube`},
 		{"print_response=true print_sync=1 print_response_body=false", ""},
 	} {
 		env := map[string]string{}

@@ -1,4 +1,6 @@
-package connector
+// Command connector lets messages call functions, and keeps the record of
+// replicas. It is configured by its environment: see docs/CONNECTOR.md.
+package main
 
 import (
 	"context"
@@ -19,16 +21,15 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/sheaf-project/sheaf/broker"
+	"github.com/sheaf-project/sheaf/connector"
 	"github.com/sheaf-project/sheaf/gateway"
 	"github.com/sheaf-project/sheaf/internal/serve"
 	"github.com/sheaf-project/sheaf/internal/wire"
+	"github.com/sheaf-project/sheaf/kube"
 	"github.com/sheaf-project/sheaf/registry"
 )
 
-// Main runs the connector as a process, and ends it when it is told to. The
-// environment that it reads is in docs/CONNECTOR.md; a value that cannot be
-// ends it with exit code 2.
-func Main() {
+func main() {
 	d, err := read(os.Getenv, os.ReadFile)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -46,11 +47,14 @@ func Main() {
 
 // daemon is the process: a connector, the watcher beside it, and what both show.
 type daemon struct {
-	connector *Connector
+	connector *connector.Connector
 	broker    broker.Config
-	url       string // of NATS
+	url       string // of the bus
+	record    string // URL of the NATS that holds the record of replicas
 	options   broker.Options
 	listen    string
+	source    string // of addresses
+	namespace string // of functions, on Kubernetes
 	watch     bool
 	durable   bool
 	user      string
@@ -62,7 +66,7 @@ type daemon struct {
 // read reads the environment.
 func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*daemon, error) {
 	v := serve.Vars{Getenv: getenv}
-	c := NewConnector()
+	c := connector.NewConnector()
 	d := &daemon{connector: c, log: slog.Default()}
 	expected := func(name, value, what string) error {
 		return fmt.Errorf("environment variable %s is %q; expected %s", name, wire.Cut(value), what)
@@ -96,15 +100,15 @@ func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*d
 	c.Gateway = v.String("gateway_url", "http://gateway.openfaas:8080")
 	c.Async = boolean("asynchronous_invocation", false)
 	c.ContentType = v.String("content_type", "text/plain")
-	c.Rebuild = positive("rebuild_interval", DefaultRebuild)
-	c.Timeout = positive("upstream_timeout", DefaultTimeout)
-	c.Inflight = v.Int("max_inflight", DefaultInflight, 1, 1<<16)
-	c.Attempts = v.Int("retry_attempts", DefaultAttempts, 1, 1000)
-	c.MinWait = positive("retry_min_wait", DefaultMinWait)
-	c.MaxWait = positive("retry_max_wait", DefaultMaxWait)
-	c.Patience = positive("retry_unreachable", DefaultPatience)
-	c.Grace = positive("write_timeout", DefaultGrace)
-	c.MaxAnswer = int64(v.Int("max_answer", DefaultMaxAnswer, 1, 1<<40))
+	c.Rebuild = positive("rebuild_interval", connector.DefaultRebuild)
+	c.Timeout = positive("upstream_timeout", connector.DefaultTimeout)
+	c.Inflight = v.Int("max_inflight", connector.DefaultInflight, 1, 1<<16)
+	c.Attempts = v.Int("retry_attempts", connector.DefaultAttempts, 1, 1000)
+	c.MinWait = positive("retry_min_wait", connector.DefaultMinWait)
+	c.MaxWait = positive("retry_max_wait", connector.DefaultMaxWait)
+	c.Patience = positive("retry_unreachable", connector.DefaultPatience)
+	c.Grace = positive("write_timeout", connector.DefaultGrace)
+	c.MaxAnswer = int64(v.Int("max_answer", connector.DefaultMaxAnswer, 1, 1<<40))
 	c.PrintResponse, c.PrintBody, c.PrintSync = boolean("print_response", false), boolean("print_response_body", false), boolean("print_sync", false)
 	d.delimiter = v.String("topic_delimiter", ",")
 	for t := range strings.SplitSeq(getenv("topics"), d.delimiter) {
@@ -130,12 +134,11 @@ func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*d
 		Stream: v.String("broker_stream", broker.DefaultStream), Dead: v.String("dead_letter", broker.DefaultDead),
 		AckWait: positive("ack_wait", broker.DefaultAckWait), Inflight: c.Inflight, Grace: c.Grace,
 	}
-	d.url = v.String("broker_host", v.String("nats_url", "nats://nats.openfaas:4222"))
-	if !strings.Contains(d.url, "://") {
-		if _, _, err := net.SplitHostPort(d.url); err != nil {
-			d.url = net.JoinHostPort(d.url, "4222")
-		}
-		d.url = "nats://" + d.url
+	d.url = natsURL(v.String("broker_host", v.String("nats_url", "nats://nats.openfaas:4222")))
+	d.record = natsURL(v.String("nats_url", d.url))
+	d.namespace = v.String("function_namespace", registry.DefaultNamespace)
+	if d.source = v.String("replica_source", sourceGateway); d.source != sourceGateway && d.source != sourceKube {
+		fail("replica_source", d.source, sourceGateway+" or "+sourceKube)
 	}
 	d.options = broker.Options{Name: "sheaf connector " + getenv("HOSTNAME"), Credentials: getenv("nats_creds"), CA: getenv("nats_ca")}
 	for name, file := range map[string]string{"nats_creds": d.options.Credentials, "nats_ca": d.options.CA} {
@@ -166,6 +169,23 @@ func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*d
 	return d, errors.Join(v.Err, bad)
 }
 
+// Sources of replica addresses.
+const (
+	sourceGateway = "gateway" // the stream that the local provider has beside its gateway
+	sourceKube    = "kube"    // the EndpointSlices of Kubernetes
+)
+
+// natsURL makes a URL of what OpenFaaS's connectors take: a host, or host:port.
+func natsURL(s string) string {
+	if strings.Contains(s, "://") {
+		return s
+	}
+	if _, _, err := net.SplitHostPort(s); err != nil {
+		s = net.JoinHostPort(s, "4222")
+	}
+	return "nats://" + s
+}
+
 // run runs the process until ctx ends.
 func (d *daemon) run(ctx context.Context) error {
 	c := d.connector
@@ -175,9 +195,16 @@ func (d *daemon) run(ctx context.Context) error {
 	}
 	defer nc.Close()
 	c.Conn = nc
-	c.Lookup = NewLookup(c.Gateway, d.delimiter, d.user, d.password)
+	c.Lookup = connector.NewLookup(c.Gateway, d.delimiter, d.user, d.password)
 	defer c.Lookup.Close()
-	record, err := registry.Open(nc, d.log)
+	views := nc
+	if d.record != d.url {
+		if views, err = broker.Connect(d.record, d.options); err != nil {
+			return fmt.Errorf("environment variable nats_url: %w", err)
+		}
+		defer views.Close()
+	}
+	record, err := registry.Open(views, d.log)
 	if err != nil {
 		return err
 	}
@@ -214,7 +241,13 @@ func (d *daemon) run(ctx context.Context) error {
 			return err
 		}
 		defer api.Close()
-		wg.Go(func() { d.watcher(ctx, nc, api) })
+		var source registry.Source = api
+		if d.source == sourceKube {
+			if source, err = kube.InCluster(d.namespace, d.log); err != nil {
+				return fmt.Errorf("environment variable replica_source is kube: %w", err)
+			}
+		}
+		wg.Go(func() { d.watcher(ctx, views, api, source) })
 	}
 	if err := c.Open(ctx, d.broker); err != nil {
 		if ctx.Err() != nil {
@@ -232,15 +265,18 @@ func (d *daemon) run(ctx context.Context) error {
 }
 
 // watcher keeps the record of replicas, again and again.
-func (d *daemon) watcher(ctx context.Context, nc *nats.Conn, api *gateway.Client) {
+func (d *daemon) watcher(ctx context.Context, nc *nats.Conn, provider registry.Provider, source registry.Source) {
 	told := false
 	for ctx.Err() == nil {
-		w := &registry.Watcher{Conn: nc, Provider: api, Source: api, Durable: d.durable, Log: d.log}
+		w := &registry.Watcher{Conn: nc, Provider: provider, Source: source, Durable: d.durable, Log: d.log}
 		if err := w.Run(ctx); err != nil && ctx.Err() == nil && !told && nc.IsConnected() {
 			told = true
 			d.log.Warn("the record of replicas cannot be kept; trying again", "err", err)
 		}
-		sleep(ctx, time.Second)
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+		}
 	}
 }
 
