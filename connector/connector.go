@@ -21,6 +21,7 @@ import (
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/broker"
 	"github.com/sheaf-project/sheaf/internal/wire"
+	"github.com/sheaf-project/sheaf/topic"
 )
 
 // Defaults of a [Connector].
@@ -150,6 +151,12 @@ func (c *Connector) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { c.redrives(ctx) })
+	blocks := &topic.Server{Conn: c.Conn, Gateway: c.Gateway, Grace: c.Grace, Log: c.Log, Observe: c.routed}
+	wg.Go(func() {
+		if err := blocks.Run(ctx); err != nil {
+			c.Log.Error("blocks of the route topic cannot be taken", "err", err)
+		}
+	})
 	running := map[string]context.CancelFunc{}
 	defer func() {
 		for _, stop := range running {
@@ -263,6 +270,13 @@ func (c *Connector) redrives(ctx context.Context) {
 			_ = m.Respond(redriven(n, err)) // who asked has a deadline of its own
 		}
 	}
+}
+
+// routed counts a block of the route topic.
+func (c *Connector) routed(outcome string, in, out int) {
+	c.metrics.blocks.WithLabelValues(outcome).Inc()
+	c.metrics.bytes.WithLabelValues("in").Add(float64(in))
+	c.metrics.bytes.WithLabelValues("out").Add(float64(out))
 }
 
 // Ready says why messages do not call functions at present, or nil.

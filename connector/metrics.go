@@ -21,6 +21,8 @@ type metrics struct {
 	inflight *prometheus.GaugeVec     // messages, by topic
 	bound    prometheus.Gauge         // topics
 	loaded   prometheus.Gauge         // when topics were last asked for
+	blocks   *prometheus.CounterVec   // of the route topic, by outcome
+	bytes    *prometheus.CounterVec   // of the route topic, by direction
 }
 
 // Outcomes of a message.
@@ -62,6 +64,8 @@ func newMetrics() *metrics {
 	m.inflight = gauge("sheaf_messages_inflight", "Messages that are being worked on, by topic.", "topic")
 	m.bound = gauge("sheaf_topics", "Topics that functions are bound to.").WithLabelValues()
 	m.loaded = gauge("sheaf_topics_loaded_timestamp_seconds", "When the topics were last read from the gateway.").WithLabelValues()
+	m.blocks = counter("sheaf_route_blocks_total", "Blocks that came by the route topic, by outcome.", "outcome")
+	m.bytes = counter("sheaf_route_bytes_total", "Bytes of blocks (in) and results (out) that went by the route topic.", "direction")
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

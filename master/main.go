@@ -25,6 +25,7 @@ import (
 	"github.com/sheaf-project/sheaf/internal/wire"
 	jobs "github.com/sheaf-project/sheaf/job"
 	"github.com/sheaf-project/sheaf/registry"
+	"github.com/sheaf-project/sheaf/topic"
 )
 
 // Main runs job as a function of OpenFaaS, and ends the process when it is told
@@ -136,10 +137,18 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 		nc.Close()
 		return nil, nil, err
 	}
+	messages, err := topic.New(nc, maxResult)
+	if err != nil {
+		h.Jobs.Close()
+		reg.Close()
+		nc.Close()
+		return nil, nil, err
+	}
 	straight, through := direct.New(maxResult), gateway.NewRoute(gatewayURL, maxResult)
 	straight.Sign(s.Signer)
 	through.Sign(s.Signer)
-	h.Resolver, h.AtLeast, h.Direct, h.Gateway = reg, reg.AtLeast, straight, through
+	messages.Sign(s.Signer)
+	h.Resolver, h.AtLeast, h.Direct, h.Gateway, h.Topic = reg, reg.AtLeast, straight, through, messages
 	s.Handler = h
 	running, leave := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -149,6 +158,7 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 		wg.Wait()
 		h.Jobs.Close()
 		reg.Close()
+		messages.Close()
 		nc.Close()
 		straight.Close()
 		through.Close()

@@ -81,6 +81,7 @@ type Handler struct {
 	Resolver sheaf.Resolver // of replicas
 	Direct   sheaf.Route    // straight to a replica
 	Gateway  sheaf.Route    // to some replica; nil means that there is no such route
+	Topic    sheaf.Route    // by messages, to some replica; nil means that there is no such route
 	// AtLeast asks for n replicas of a function, and returns how many there
 	// will be. When nil, the number of replicas is what it is.
 	AtLeast func(ctx context.Context, function string, n int) (int, error)

@@ -331,7 +331,7 @@ func (h *Handler) plan(ps params, up *upload) (*job, *wire.Problem) {
 	if p != nil {
 		return nil, p
 	}
-	route, p := ps.oneOf("route", "direct", "gateway")
+	route, p := ps.oneOf("route", "direct", "gateway", "topic")
 	if p != nil {
 		return nil, p
 	}
@@ -357,11 +357,14 @@ func (h *Handler) plan(ps params, up *upload) (*job, *wire.Problem) {
 	if j.tolerate.given { // what there is is answered in any case
 		j.group.TolerateShare = 1
 	}
-	if route == "gateway" {
-		if h.Gateway == nil {
+	if route != "direct" {
+		j.group.Route, j.group.Resolver = h.Gateway, nil
+		if route == "topic" {
+			j.group.Route = h.Topic
+		}
+		if j.group.Route == nil {
 			return nil, unknown("route", route, []string{"direct"})
 		}
-		j.group.Route, j.group.Resolver = h.Gateway, nil
 		j.group.Limit = min(j.group.Limit, 64)
 	}
 	return j, nil

@@ -69,6 +69,7 @@ func TestRun(t *testing.T) {
 		{"by records", []string{"--split", "records", "--delimiter", `w\x31`, "--block", "500", path}, ""},
 		{"by CSV", []string{"--split", "csv", path}, ""},
 		{"route gateway", []string{"--route", "gateway", path}, ""},
+		{"route topic", []string{"--route", "topic", path}, ""},
 		{"kills", []string{"--kill", "2@50%", "--block", "500", path}, ""},
 		{"more kills than replicas", []string{"--kill", "99@50%", "--workers", "3", path}, ""},
 		{"all killed", []string{"--kill", "4@20%", "--workers", "4", path}, ""},

@@ -38,14 +38,15 @@ var rooms = map[string]struct{ own, modules []string }{
 	"gateway":  {own: []string{"", "internal/wire"}, modules: []string{"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk"}},
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},
 	"kube":     {own: []string{""}, modules: []string{"github.com/go-logr/logr", "k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "k8s.io/klog/v2"}},
+	"topic":    {own: []string{"", "internal/wire"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid"}},
 	"broker":   {modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go"}},
 
 	"job": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go"}},
 
 	// What wires adapters together.
-	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "job", "registry"},
+	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "job", "registry", "topic"},
 		modules: []string{"github.com/nats-io/nats.go"}},
-	"connector": {own: []string{"", "broker", "internal/wire"},
+	"connector": {own: []string{"", "broker", "internal/wire", "topic"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
 			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang"}},
 	"local": {own: []string{"", "gateway", "internal/wire", "registry"},
@@ -60,8 +61,8 @@ var rooms = map[string]struct{ own, modules []string }{
 	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},
 	"cmd/connector": {own: []string{"broker", "connector", "gateway", "internal/serve", "internal/wire", "kube", "registry"},
 		modules: []string{"github.com/nats-io/nats.go"}},
-	"cmd/sheaf": {own: []string{"", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
-		modules: []string{"github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
+	"cmd/sheaf": {own: []string{"", "broker", "connector", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
+		modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},
 }
 

@@ -40,6 +40,10 @@ func New(nc *nats.Conn, maxReply int64) (*Route, error) {
 	}}}, nil
 }
 
+// Sign makes the route sign what it sends and take signed answers only, unless
+// s is lax. It must come before the first Call.
+func (r *Route) Sign(s *wire.Signer) { r.caller.Signer = s }
+
 // Call sends the request to a connector. It fails with sheaf.ErrNotAddressable
 // when req names a replica.
 func (r *Route) Call(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {

@@ -48,7 +48,7 @@ func parseJob(args []string, s std) (*jobFlags, error) {
 	f.IntVar(&j.workers, "workers", 0, fmt.Sprintf("`number` of worker replicas (default %d, or those that are there with --gateway)", defaultWorkers()))
 	f.StringVar(&j.split, "split", "lines", "what blocks are made of: lines, bytes, records, csv or json")
 	f.StringVar(&j.delimiter, "delimiter", "", `what ends a record with --split records (\n), or separates fields with --split csv (,)`)
-	f.StringVar(&j.route, "route", "direct", "how blocks travel: direct to a replica's address, or through the gateway")
+	f.StringVar(&j.route, "route", "direct", "how blocks travel: direct to a replica's address, through the gateway, or by messages on a topic")
 	f.StringVar(&j.output, "output", "text", "`form` of the answer: text or json")
 	f.StringVar(&j.kill, "kill", "", "kill -9 replicas on the way: `K@P%` kills K of them when P % of the input is done")
 	f.StringVar(&j.gateway, "gateway", "", "`URL` of a running stack, or of an OpenFaaS gateway, to use instead of a new local stack")
@@ -73,7 +73,7 @@ func parseJob(args []string, s std) (*jobFlags, error) {
 	j.file = rest[0]
 	if err := cmp.Or(
 		oneOf("split", j.split, sheaf.Splits()...),
-		oneOf("route", j.route, "direct", "gateway"),
+		oneOf("route", j.route, "direct", "gateway", "topic"),
 		oneOf("output", j.output, "text", "json"),
 	); err != nil {
 		return nil, err

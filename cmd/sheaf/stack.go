@@ -11,12 +11,16 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/openfaas/faas-provider/types"
 
+	"github.com/sheaf-project/sheaf/broker"
+	"github.com/sheaf-project/sheaf/connector"
 	"github.com/sheaf-project/sheaf/local"
 )
 
@@ -28,6 +32,9 @@ const (
 	masterImage = "sheaf/master"
 	workerImage = "sheaf/worker"
 )
+
+// masterTopic is the topic that calls the master.
+const masterTopic = "words"
 
 // maxWorkers is how many worker replicas the local stack runs at most.
 const maxWorkers = local.MaxReplicas
@@ -71,7 +78,44 @@ func command(programs string) func(image string) ([]string, error) {
 // stack is a local stack with master and worker on it.
 type stack struct {
 	*local.Stack
-	ready atomic.Bool // master and worker are warm
+	ready   atomic.Bool // master and worker are warm
+
+	connector *connector.Connector // messages on topics call functions
+	nats      *nats.Conn           // its
+	stop      context.CancelFunc   // of it
+	wg        sync.WaitGroup
+}
+
+// connect starts a connector on the stack's NATS.
+func (st *stack) connect(auth local.Auth, log *slog.Logger) error {
+	nc, err := broker.Connect(st.NATS, broker.Options{Name: "sheaf connector", Log: log})
+	if err != nil {
+		return err
+	}
+	c := connector.NewConnector()
+	c.Conn, c.Gateway, c.Resolver, c.Log = nc, st.URL, st.Registry, log
+	c.Lookup = connector.NewLookup(st.URL, ",", auth.User, auth.Password)
+	c.Rebuild, c.Grace = time.Second, 2*time.Second
+	ctx, stop := context.WithCancel(context.Background())
+	st.connector, st.nats, st.stop = c, nc, stop
+	st.wg.Go(func() {
+		defer c.Lookup.Close()
+		if c.Open(ctx, broker.Config{Grace: c.Grace, Log: log}) == nil { // else the stack ends
+			c.Run(ctx)
+			c.Bus.Close()
+		}
+	})
+	return nil
+}
+
+// Close ends the stack: first what calls its functions.
+func (st *stack) Close() {
+	if st.stop != nil {
+		st.stop()
+		st.wg.Wait()
+		st.nats.Close()
+	}
+	st.Stack.Close()
 }
 
 // start starts a local stack at cfg's port, or at any free one if that is taken
@@ -107,6 +151,10 @@ func start(ctx context.Context, cfg local.Config, orAny bool, workers int, s std
 		st.Close()
 		return nil, err
 	}
+	if err := st.connect(cfg.Auth, cfg.Log); err != nil {
+		st.Close()
+		return nil, err
+	}
 	return st, nil
 }
 
@@ -135,7 +183,7 @@ func (st *stack) deploy(ctx context.Context, workers int) error {
 		return &map[string]string{local.LabelMin: fmt.Sprint(least), local.LabelMax: fmt.Sprint(maxWorkers)}
 	}
 	for _, spec := range []types.FunctionDeployment{{
-		Service: "master", Image: masterImage, Labels: labels(1),
+		Service: "master", Image: masterImage, Labels: labels(1), Annotations: &map[string]string{connector.AnnotationTopic: masterTopic},
 		EnvVars: map[string]string{"worker_function": "worker", "GOMEMLIMIT": "44MiB", "GOGC": "50"},
 	}, {
 		Service: "worker", Image: workerImage, Labels: labels(workers),
@@ -177,7 +225,7 @@ func (st *stack) warm(ctx context.Context) error {
 			}
 			ready = ready && ok
 		}
-		if ready {
+		if ready && st.connector.Ready() == nil {
 			st.ready.Store(true)
 			return nil
 		}
@@ -285,11 +333,12 @@ Try, in another terminal:
   curl -F file=@README.md -H 'Accept: application/json' '%[1]s/function/master?block=300'
   curl -N --data-binary @README.md -H 'Accept: application/x-ndjson' %[1]s/function/master
   sheaf ps --watch --gateway %[1]s
+  nats --server %[5]s request %[6]s 'to be or not to be'
 
 Build and deploy functions with faas-cli (faas-cli new --lang sheaf-go NAME), by either of
   faas-cli up --gateway %[1]s --shrinkwrap --skip-push
   faas-cli up --gateway %[1]s --remote-builder %[1]s --payload-secret %[4]s
-`, st.URL, time.Since(begun).Round(time.Millisecond), *workers, st.BuildSecretFile)
+`, st.URL, time.Since(begun).Round(time.Millisecond), *workers, st.BuildSecretFile, st.NATS, masterTopic)
 	if login != "" {
 		fmt.Fprintf(s.err, "\nThe API asks for a login:\n  %s --gateway %s\n", login, st.URL)
 	}
