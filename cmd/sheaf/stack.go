@@ -78,7 +78,7 @@ func command(programs string) func(image string) ([]string, error) {
 // stack is a local stack with master and worker on it.
 type stack struct {
 	*local.Stack
-	ready   atomic.Bool // master and worker are warm
+	ready atomic.Bool // master and worker are warm
 
 	connector *connector.Connector // messages on topics call functions
 	nats      *nats.Conn           // its
