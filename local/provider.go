@@ -203,7 +203,26 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.set(k)
+	p.warn(p.functions[spec.Service])
 	return nil
+}
+
+// Annotations of sheaf's own that a function may have.
+var annotations = []string{"sheaf.deliver"}
+
+// warn says in a function's log, and in ours, which of its annotations look like
+// ours and are not: one that is misspelt does nothing. p.mu is held.
+func (p *Provider) warn(f *function) {
+	if f.spec.Annotations == nil {
+		return
+	}
+	for _, a := range slices.Sorted(maps.Keys(*f.spec.Annotations)) {
+		if strings.HasPrefix(a, "sheaf.") && !slices.Contains(annotations, a) {
+			says := fmt.Sprintf("annotation %s is not known and does nothing; known are %s", wire.Cut(a), strings.Join(annotations, ", "))
+			f.logs.add(f.spec.Service, ProviderName, says)
+			p.log.Warn(says, "function", f.spec.Service)
+		}
+	}
 }
 
 func (p *Provider) has(name string) bool {

@@ -99,12 +99,22 @@ func (s *store) write(folder, name string, data []byte) (err error) {
 	return os.Rename(f.Name(), s.path(folder, name))
 }
 
-// makeSecret makes a file with a random secret, unless it is there.
+// makeSecret makes a file with a random secret, unless it is there. It is not
+// synced: when it is lost, another one is made.
 func (s *store) makeSecret(name string) error {
-	if _, err := os.Stat(s.path("", name)); !errors.Is(err, fs.ErrNotExist) {
+	path := s.path("", name)
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return s.write("", name, []byte(rand.Text()+"\n"))
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(rand.Text() + "\n")
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // names lists the files of a folder in order, without what a process that was
