@@ -90,6 +90,7 @@ func NewFront(p *Provider, version string) *Front {
 		"GET /system/replicas":                f.replicas,
 		"GET /system/replicas/{name}":         f.replicas,
 		"DELETE /system/replicas/{name}/{id}": f.kill,
+		"GET /api/v1/query":                   f.invocations,
 		"GET /system/views":                   func(w http.ResponseWriter, r *http.Request) { f.Views.ServeHTTP(w, r) },
 		"POST /build":                         f.build,
 		"GET /publickey":                      f.publicKey,
@@ -117,12 +118,12 @@ func (f *Front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.async.ServeHTTP(w, r)
 		return
 	}
-	if strings.HasPrefix(r.URL.Path, "/system/") {
+	if strings.HasPrefix(r.URL.Path, "/system/") || strings.HasPrefix(r.URL.Path, "/api/") {
 		switch {
 		case !fromHere(r):
 			foreignHost(w)
 			return
-		case !f.Auth.allows(r):
+		case !f.Auth.allows(r) && !strings.HasPrefix(r.URL.Path, "/api/"): // a gateway has no login for its Prometheus
 			unauthorized(w)
 			return
 		}
@@ -270,6 +271,24 @@ func (f *Front) status(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	f.Provider.unknown(name).Write(w)
+}
+
+// invocations answers the one query that an OpenFaaS gateway before this
+// provider has for its Prometheus, without which it cannot list functions: how
+// often each was called.
+func (f *Front) invocations(w http.ResponseWriter, r *http.Request) {
+	type sample struct {
+		Metric map[string]string `json:"metric"`
+		Value  []any             `json:"value"` // Unix seconds, and the number as text
+	}
+	samples := []sample{}
+	if q := r.URL.Query().Get("query"); strings.Contains(q, "gateway_function_invocation_total") {
+		for _, s := range f.Provider.Functions() {
+			samples = append(samples, sample{map[string]string{"function_name": s.Name + "." + Namespace},
+				[]any{time.Now().Unix(), strconv.FormatFloat(s.InvocationCount, 'f', -1, 64)}})
+		}
+	}
+	reply(w, map[string]any{"status": "success", "data": map[string]any{"resultType": "vector", "result": samples}})
 }
 
 func (f *Front) scale(w http.ResponseWriter, r *http.Request) {
@@ -436,7 +455,11 @@ func (f *Front) invoke(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("X-Call-Id", c.head.Get("X-Call-Id"))
 	}
 	c.head.Set("X-Start-Time", strconv.FormatInt(time.Now().UnixNano(), 10))
-	r.Header.Set("X-Start-Time", c.head.Get("X-Start-Time"))
+	// A gateway before this one has said when the call began; of a call that its
+	// queue has kept it says so twice, by which functions know.
+	if r.Header.Get("X-Forwarded-Host") == "" || r.Header.Get("X-Start-Time") == "" {
+		r.Header.Add("X-Start-Time", c.head.Get("X-Start-Time"))
+	}
 	// A function may answer while its input is still coming. Where that cannot
 	// be had, it answers after.
 	_ = http.NewResponseController(w).EnableFullDuplex()

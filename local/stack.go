@@ -1,6 +1,7 @@
 package local
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,17 +38,18 @@ type Stack struct {
 	// BuildSecretFile has the secret that signs what is sent to POST /build.
 	BuildSecretFile string
 
-	log   *slog.Logger
-	nats  *server.Server
-	store *store
-	brief bool // store is removed at the end
-	conns []*nats.Conn
-	http  *http.Server
-	api   *gateway.Client
-	async *asyncQueue
-	stop  context.CancelFunc
-	wg    sync.WaitGroup
-	errs  chan error
+	log    *slog.Logger
+	nats   *server.Server
+	store  *store
+	brief  bool // store is removed at the end
+	conns  []*nats.Conn
+	http   *http.Server
+	api    *gateway.Client
+	before *gateway.Client // of Config.Gateway; nil without
+	async  *asyncQueue
+	stop   context.CancelFunc
+	wg     sync.WaitGroup
+	errs   chan error
 }
 
 // Config says how to start a Stack.
@@ -61,6 +63,11 @@ type Config struct {
 	Dir string
 	// Auth is who may use /system/...; the zero value lets everybody.
 	Auth Auth
+	// Gateway is the URL of an OpenFaaS gateway that has this stack as its
+	// provider: functions find it in place of the stack's own front, and are
+	// scaled through it, with the login that Auth is. "" means that there is
+	// none.
+	Gateway string
 	// Async says how asynchronous calls are made.
 	Async AsyncConfig
 	// Build says how functions are built.
@@ -139,7 +146,7 @@ func Start(cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}
-	s.Provider.Env = map[string]string{"nats_url": s.NATS, "gateway_url": s.URL,
+	s.Provider.Env = map[string]string{"nats_url": s.NATS, "gateway_url": cmp.Or(cfg.Gateway, s.URL),
 		"sheaf_key_file": key, "sheaf_unsigned": "accept"}
 	if err := s.Provider.restore(); err != nil {
 		return nil, fmt.Errorf("start: %w", err)
@@ -159,7 +166,12 @@ func Start(cfg Config) (_ *Stack, err error) {
 	if s.api, err = gateway.NewClient(s.URL, cfg.Auth.User, cfg.Auth.Password); err != nil {
 		return nil, err
 	}
-	w := &registry.Watcher{Conn: watch, Provider: s.api, Source: s.api, Log: s.log}
+	if cfg.Gateway != "" {
+		if s.before, err = gateway.NewClient(cfg.Gateway, cfg.Auth.User, cfg.Auth.Password); err != nil {
+			return nil, fmt.Errorf("start: gateway %s: %w", cfg.Gateway, err)
+		}
+	}
+	w := &registry.Watcher{Conn: watch, Provider: cmp.Or(s.before, s.api), Source: s.api, Log: s.log}
 	s.wg.Go(func() {
 		if err := w.Run(ctx); err != nil && ctx.Err() == nil {
 			s.errs <- err
@@ -228,8 +240,10 @@ func (s *Stack) Close() {
 		s.nats.Shutdown()
 		s.nats.WaitForShutdown()
 	}
-	if s.api != nil {
-		s.api.Close()
+	for _, c := range []*gateway.Client{s.api, s.before} {
+		if c != nil {
+			c.Close()
+		}
 	}
 	if s.store != nil {
 		if s.brief {

@@ -40,6 +40,12 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == echoFlag {
 		runEcho()
 	}
+	if len(os.Args) == 2 && os.Args[1] == noteFlag {
+		runNote()
+	}
+	if len(os.Args) == 2 && os.Args[1] == slowFlag {
+		runSlowWorker()
+	}
 	if len(os.Args) == 3 && os.Args[1] == watchdogFlag {
 		runWatchdog(os.Args[2])
 	}

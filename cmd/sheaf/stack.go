@@ -269,6 +269,7 @@ func up(ctx context.Context, args []string, s std) error {
 	programs := f.String("programs", "", "`folder` whose executable files may be deployed as functions: the image is the file's name")
 	buildDir := f.String("build-dir", "build", "`folder` in which faas-cli up --shrinkwrap leaves what is built when it is deployed; it need not exist yet")
 	secretFile := f.String("payload-secret", "", "`file` with the secret that faas-cli up --remote-builder signs builds with; without it one is made")
+	behind := f.String("behind", "", "`URL` of an OpenFaaS gateway that has this stack as its provider: functions call and are scaled through it")
 	keyFile := f.String("callback-key-file", "", "`file` with the key that signs callbacks of asynchronous calls")
 	allow := f.String("callback-allow", "127.0.0.0/8,::1", "`list` of where callbacks may go beside public addresses: addresses, CIDRs and host:port, with commas between")
 	verbose := f.Bool("verbose", false, "log what happens")
@@ -283,7 +284,7 @@ func up(ctx context.Context, args []string, s std) error {
 	case *workers < 1 || *workers > maxWorkers:
 		return usagef("--workers is %d, and must be from 1 to %d", *workers, maxWorkers)
 	}
-	cfg := local.Config{Port: *port, Dir: *data}
+	cfg := local.Config{Port: *port, Dir: *data, Gateway: *behind}
 	cfg.Async.SigningKeyFile, cfg.Async.CallbackAllow = *keyFile, split(*allow)
 	if err := cfg.Async.Validate(); err != nil {
 		return usageError{err}
