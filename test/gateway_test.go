@@ -84,8 +84,7 @@ type behind struct {
 	*bench
 	gateway string
 	ackWait time.Duration // of its queue
-	imitate bool
-	runs    string // file of noted runs
+	runs    string        // file of noted runs
 
 	mu        sync.Mutex // guards callbacks
 	callbacks map[string][]callback
