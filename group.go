@@ -273,6 +273,7 @@ func (g *Group) address(ctx context.Context, body []byte,
 // as long as it stays, a failing one Attempts times.
 func (g *Group) ask(ctx context.Context, view View, rank int, body []byte) (Result, error) {
 	to := view.Replicas[rank]
+	var saved []byte
 	for n, failures := 1, 0; ; n++ {
 		fail := func(err error) (Result, error) {
 			return Result{}, &RankError{Rank: rank, Replica: to.ID, Attempts: n, Err: err}
@@ -280,8 +281,16 @@ func (g *Group) ask(ctx context.Context, view View, rank int, body []byte) (Resu
 		begun := time.Now()
 		reply, err := g.call(ctx, &Request{
 			Job: g.Job, Function: g.Function, Index: rank, Attempt: n,
-			To: to, Rank: rank, Size: len(view.Replicas), Epoch: view.Epoch, Body: body,
+			To: to, Rank: rank, Size: len(view.Replicas), Epoch: view.Epoch, Body: body, Saved: saved,
 		})
+		if err == nil && reply.More && n < maxLegs {
+			saved = reply.Body
+			continue
+		}
+		if err == nil && reply.More {
+			err = fmt.Errorf("the handler has saved its work %d times and is not done", n)
+			return fail(err)
+		}
 		if err == nil {
 			return Result{Index: rank, Data: reply.Body, From: reply.From, Attempts: n,
 				Elapsed: time.Since(begun), Bytes: len(body), Verified: reply.Verified}, nil

@@ -77,8 +77,10 @@ type scatter struct {
 // heldBlock is a block that has no result yet.
 type heldBlock struct {
 	Block
-	err  error    // of the last attempt
-	lost []string // replicas
+	err   error    // of the last attempt
+	lost  []string // replicas
+	saved []byte   // what a handler saved of its work
+	legs  int      // how often one did
 }
 
 // call is an attempt in flight.
@@ -301,7 +303,7 @@ func (s *scatter) noReplica() error {
 // start makes an attempt on a goroutine of its own.
 func (s *scatter) start(c schedule.Command) {
 	b := s.held[c.Block]
-	req := &Request{Job: s.g.Job, Function: s.g.Function, Index: c.Block, Attempt: c.Number, Body: b.Data}
+	req := &Request{Job: s.g.Job, Function: s.g.Function, Index: c.Block, Attempt: c.Number, Body: b.Data, Saved: b.saved}
 	if s.g.Resolver != nil {
 		req.To, req.Rank, req.Size, req.Epoch = s.view.Replicas[c.Rank], c.Rank, len(s.view.Replicas), s.view.Epoch
 	}
@@ -318,11 +320,27 @@ func (s *scatter) start(c schedule.Command) {
 	})
 }
 
+// maxLegs is how often a handler may save its work at one block: one that never
+// ends shall.
+const maxLegs = 10_000
+
 // attemptEnded takes an attempt out of those in flight, and says how it ended.
 func (s *scatter) attemptEnded(h *happening) {
 	a := s.running[h.event.Attempt]
 	delete(s.running, h.event.Attempt)
 	switch {
+	case h.err == nil && h.reply.More:
+		b := s.held[a.index]
+		if b == nil || a.canceled { // another attempt has won
+			h.event.Outcome = schedule.Canceled
+			return
+		}
+		if b.legs++; b.legs <= maxLegs {
+			b.saved = h.reply.Body
+			h.event.Outcome = schedule.Saved
+			return
+		}
+		h.err = &CallError{Fault: FaultRejected, From: h.reply.From, Err: fmt.Errorf("the handler has saved its work %d times and is not done", maxLegs)}
 	case h.err == nil:
 		h.event.Outcome = schedule.OK
 		return

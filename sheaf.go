@@ -62,6 +62,9 @@ type Request struct {
 	Size     int     // of the view; 0 when no view is known
 	Epoch    uint64  // of the view
 	Body     []byte  // the block's data; a route must not change or keep it
+	// Saved is what the handler saved of its work at this block when it was
+	// called for it before; empty at first.
+	Saved []byte
 	// Deadline is when the caller gives this attempt up. The context passed
 	// beside the request ends then too; the route tells the replica.
 	Deadline time.Time
@@ -76,6 +79,9 @@ type Reply struct {
 	From string
 	// Verified says that a digest, set by the replica, proved Body whole.
 	Verified bool
+	// More says that the block is not done: Body is what the handler saved of its
+	// work, to be brought back to any replica with the block.
+	More bool
 }
 
 // A Route carries one request to one replica and brings its reply. Errors are

@@ -92,7 +92,7 @@ func (c *conn) take(k *call) { c.call, k.conn, c.writing = k, c, true }
 // send writes the request: a short one at once, so that no other goroutine has
 // to wake for it.
 func (c *conn) send(k *call) {
-	if len(k.req.Body) <= inline/2 {
+	if len(k.req.Saved)+len(k.req.Body) <= inline/2 {
 		c.write(k)
 	} else {
 		c.route.conns.Go(func() { c.write(k) })
@@ -100,25 +100,25 @@ func (c *conn) send(k *call) {
 }
 
 func (c *conn) write(k *call) {
-	req := k.req
-	b, proof, unsent := c.route.caller.AppendHead(append(c.head[:0], c.host.start...), req, time.Now())
+	body := wire.Body(k.req)
+	b, proof, unsent := c.route.caller.AppendHead(append(c.head[:0], c.host.start...), k.req, body, time.Now())
 	if proof.Signed() {
 		c.route.mu.Lock()
 		k.proof = proof
 		c.route.mu.Unlock()
 	}
 	b = append(b, "Content-Length: "...)
-	b = strconv.AppendInt(b, int64(len(req.Body)), 10)
+	b = strconv.AppendInt(b, int64(len(body)), 10)
 	b = append(b, "\r\n\r\n"...)
 	var err error
 	switch {
 	case unsent != nil:
 		err = unsent
-	case len(b)+len(req.Body) <= inline:
-		b = append(b, req.Body...)
+	case len(b)+len(body) <= inline:
+		b = append(b, body...)
 		_, err = c.nc.Write(b)
 	default:
-		_, err = (&net.Buffers{b, req.Body}).WriteTo(c.nc)
+		_, err = (&net.Buffers{b, body}).WriteTo(c.nc)
 	}
 	c.head = b
 

@@ -160,6 +160,7 @@ type Lease struct {
 	cancel context.CancelCauseFunc
 	own    bool // a record of its own is on its way, which shall not fence it off; guarded by s.mu
 	ended  bool
+	saved  map[int]bool // blocks of which a handler has saved its work in an earlier run
 
 	pending sync.WaitGroup
 	slots   chan struct{}
@@ -180,6 +181,9 @@ func (l *Lease) run(ctx context.Context, work func(context.Context, *Lease)) {
 	}
 	s.log.Info("job claimed", "job", l.rec.ID, "epoch", l.rec.Epoch)
 	l.slots = make(chan struct{}, commitsAtOnce)
+	if l.rec.Epoch > 1 {
+		l.findSaved(ctx)
+	}
 	work(ctx, l)
 	l.pending.Wait()
 	if !l.ended && ctx.Err() != nil && !errors.Is(context.Cause(ctx), ErrFenced) {
@@ -325,6 +329,57 @@ func (l *Lease) Progress(ctx context.Context, p Progress) {
 	}
 	if err != nil {
 		l.s.log.Debug("progress of a job is not told", "job", l.rec.ID, "err", err)
+	}
+}
+
+// maxSaved is how much of a block's state is stored, in bytes: more is held by
+// the master alone, and lost with it.
+const maxSaved = pieceBytes
+
+// Save stores what a handler has saved of its work at a block, for a master
+// that comes after this one. It is no loss when that fails.
+func (l *Lease) Save(ctx context.Context, block int, state []byte) {
+	if len(state) > maxSaved {
+		return
+	}
+	l.s.cfg.Step("save.before")
+	short, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if err := l.put(short, "saved."+strconv.Itoa(block), state); err != nil {
+		l.s.log.Debug("what a handler saved is not stored", "job", l.rec.ID, "block", block, "err", err)
+	}
+	l.s.cfg.Step("save.after")
+}
+
+// Saved returns what a handler had saved of its work at a block, before this
+// run, or nil.
+func (l *Lease) Saved(ctx context.Context, block int) []byte {
+	if !l.saved[block] {
+		return nil
+	}
+	e, err := l.s.kv.Get(ctx, l.s.key(l.rec.ID, "saved."+strconv.Itoa(block)))
+	if err != nil {
+		l.s.log.Debug("what a handler saved cannot be read; it begins anew", "job", l.rec.ID, "block", block, "err", err)
+		return nil
+	}
+	return e.Value()
+}
+
+// findSaved looks for what handlers have saved before this run.
+func (l *Lease) findSaved(ctx context.Context) {
+	prefix := subjects + l.s.key(l.rec.ID, "saved.")
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	info, err := l.s.stream.Info(ctx, jetstream.WithSubjectFilter(prefix+"*"))
+	if err != nil {
+		l.s.log.Debug("what handlers saved cannot be read; they begin anew", "job", l.rec.ID, "err", err)
+		return
+	}
+	l.saved = make(map[int]bool, len(info.State.Subjects))
+	for subject := range info.State.Subjects {
+		if i, err := strconv.Atoi(strings.TrimPrefix(subject, prefix)); err == nil {
+			l.saved[i] = true
+		}
 	}
 }
 
@@ -518,7 +573,7 @@ func (s *Store) sweep(ctx context.Context) {
 // older than that record: the ID may be another job's by now.
 func (s *Store) dropResults(ctx context.Context, r Record) {
 	s.dropInput(r.ID, r.Input.Upload)
-	for _, what := range []string{"block.*", "part.>", "progress", "kept"} {
+	for _, what := range []string{"block.*", "part.>", "progress", "kept", "saved.*"} {
 		short, cancel := context.WithTimeout(ctx, 5*time.Second)
 		err := s.stream.Purge(short, jetstream.WithPurgeSubject(subjects+s.key(r.ID, what)), jetstream.WithPurgeSequence(r.Revision))
 		cancel()

@@ -555,7 +555,7 @@ func (s *Store) Cancel(ctx context.Context, id string) (Record, error) {
 // Redrive queues a failed job again; the results that it has are kept.
 func (s *Store) Redrive(ctx context.Context, id string) (Record, error) {
 	var at time.Time
-	return s.change(ctx, id, "redrive", func(r *Record) (bool, error) {
+	r, err := s.change(ctx, id, "redrive", func(r *Record) (bool, error) {
 		if !at.IsZero() && r.State == Queued {
 			return false, nil // it was this call that queued it
 		}
@@ -567,4 +567,10 @@ func (s *Store) Redrive(ctx context.Context, id string) (Record, error) {
 		r.Started, r.Finished, r.Expires, r.Error, r.Progress, r.Lacks = time.Time{}, time.Time{}, time.Time{}, nil, nil, false
 		return true, nil
 	})
+	if err == nil { // what a handler had saved may be why it failed
+		if err := s.stream.Purge(ctx, jetstream.WithPurgeSubject(subjects+s.key(id, "saved.*")), jetstream.WithPurgeSequence(r.Revision)); err != nil {
+			s.log.Debug("what handlers saved stays", "job", id, "err", err)
+		}
+	}
+	return r, err
 }

@@ -142,7 +142,14 @@ func (r *jobRun) route(to sheaf.Route) sheaf.Route {
 			}
 			r.mu.Unlock()
 		}()
-		return to.Call(ctx, &own)
+		if len(own.Saved) == 0 {
+			own.Saved = r.l.Saved(ctx, own.Index)
+		}
+		reply, err := to.Call(ctx, &own)
+		if err == nil && reply.More {
+			r.l.Save(ctx, own.Index, reply.Body)
+		}
+		return reply, err
 	})
 }
 

@@ -50,6 +50,9 @@ func runLogged(log string) {
 		panic(err)
 	}
 	slow, _ := time.ParseDuration(os.Getenv("slow"))
+	if os.Getenv("steps") != "" {
+		runSteps(f, slow)
+	}
 	held := os.Getenv("held")
 	worker.Main(func(ctx context.Context, b sheaf.Block) ([]byte, error) {
 		if _, err := fmt.Fprintf(f, "%s %d\n", worker.CallOf(ctx).Job, b.Index); err != nil {

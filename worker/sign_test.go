@@ -30,9 +30,7 @@ const signingKey = "the key of this worker and its master"
 func signedWorker(t *testing.T, env map[string]string) (http.Handler, *atomic.Int64) {
 	t.Helper()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "sheaf-key"), []byte(signingKey+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	key(t, dir)
 	var runs atomic.Int64
 	s, err := worker.Env(func(_ context.Context, b sheaf.Block) ([]byte, error) {
 		runs.Add(1)
@@ -41,13 +39,28 @@ func signedWorker(t *testing.T, env map[string]string) (http.Handler, *atomic.In
 		if v, ok := env[name]; ok {
 			return v
 		}
-		return map[string]string{"secret_mount_path": dir, "sheaf_key_file": "sheaf-key",
-			"OPENFAAS_NAME": "worker", "OPENFAAS_NAMESPACE": "openfaas-fn", "sheaf_replica": "worker-1"}[name]
+		return signedEnv(dir)(name)
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s, &runs
+}
+
+// key writes the key into a folder, and signedEnv is the environment of a worker
+// that reads it there.
+func key(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, "sheaf-key"), []byte(signingKey+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func signedEnv(dir string) func(string) string {
+	return func(name string) string {
+		return map[string]string{"secret_mount_path": dir, "sheaf_key_file": "sheaf-key",
+			"OPENFAAS_NAME": "worker", "OPENFAAS_NAMESPACE": "openfaas-fn", "sheaf_replica": "worker-1"}[name]
+	}
 }
 
 // master is who has the key, or thinks so.

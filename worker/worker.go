@@ -73,9 +73,38 @@ type callKey struct{}
 
 // CallOf returns the call that ctx, as a Func was given it, belongs to.
 func CallOf(ctx context.Context) Call {
-	c, _ := ctx.Value(callKey{}).(Call)
-	return c
+	c, _ := ctx.Value(callKey{}).(call)
+	return c.Call
 }
+
+// call is what a context holds.
+type call struct {
+	Call
+	saved []byte
+}
+
+// Saved returns what the Func has saved of its work at this block when it was
+// called for it before, or nil. See [Save].
+func Saved(ctx context.Context) []byte {
+	c, _ := ctx.Value(callKey{}).(call)
+	return c.saved
+}
+
+// Save makes the error with which a Func returns when it has done a part of its
+// work: state is what it needs to go on. It is called again with the same block
+// and the state, which [Saved] returns; on another replica if this one dies
+// meanwhile, so that no more is lost than what was done since. Each time costs
+// the way of the block and the state to the caller and back, and so a Func does
+// well to save every few seconds; each of its parts has the time of a whole
+// attempt.
+//
+// A caller that cannot take a state does not see it: the Func is called again at
+// once, here. A Func that saves must leave b.Data as it is.
+func Save(state []byte) error { return saved{state} }
+
+type saved struct{ state []byte }
+
+func (saved) Error() string { return "the work was saved, and is not done" }
 
 type rejection struct{ error }
 
@@ -124,7 +153,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	control := http.NewResponseController(w)
 	// Not every ResponseWriter can, so the error is not looked at, here and below.
 	_ = control.SetReadDeadline(begun.Add(h.patience()))
-	result, proof, p := h.serve(w, r, begun)
+	result, more, proof, p := h.serve(w, r, begun)
 	if p != nil {
 		h.refused(r.Context(), r.Header, p).Write(w)
 		return
@@ -135,11 +164,15 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	digest := wire.Sum(result)
 	head[wire.Digest] = []string{digest}
 	if proof.Signed() {
-		head[wire.Signature] = []string{proof.Answer(head.Get(wire.Replica), digest)}
+		head[wire.Signature] = []string{proof.Answer(head.Get(wire.Replica), wire.Content(digest, more))}
 	}
 	// A caller who does not read must not keep the replica busy for ever. The
 	// server lifts the deadline for the connection's next block.
 	_ = control.SetWriteDeadline(time.Now().Add(h.patience()))
+	if more {
+		head[wire.Saved] = []string{"0"}
+		w.WriteHeader(http.StatusAccepted)
+	}
 	_, _ = w.Write(result) // the caller sees by the digest what it got
 }
 
@@ -157,27 +190,27 @@ func (h *Handler) log() *slog.Logger {
 	return slog.Default()
 }
 
-func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time) (result []byte, proof wire.Proof, p *wire.Problem) {
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, begun time.Time) (result []byte, more bool, proof wire.Proof, p *wire.Problem) {
 	if r.URL.Path != "/" && r.URL.Path != "" {
-		return nil, proof, wire.Refuse(http.StatusNotFound, wire.CodeNotFound, "a worker takes blocks at / only")
+		return nil, false, proof, wire.Refuse(http.StatusNotFound, wire.CodeNotFound, "a worker takes blocks at / only")
 	}
 	if r.Method != http.MethodPost {
 		w.Header().Set("Allow", http.MethodPost)
-		return nil, proof, wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod, "a worker takes blocks by POST only")
+		return nil, false, proof, wire.Refuse(http.StatusMethodNotAllowed, wire.CodeMethod, "a worker takes blocks by POST only")
 	}
 	a, p := h.admit(r.Header, begun)
 	if p != nil {
-		return nil, proof, p
+		return nil, false, proof, p
 	}
 	if r.ContentLength > h.most() {
-		return nil, proof, h.tooLarge()
+		return nil, false, proof, h.tooLarge()
 	}
 	data, err := wire.ReadBody(r.Body, r.ContentLength, h.most()) // to its end, so that the server watches for the caller to leave
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
 	}
-	result, p = h.work(r.Context(), a, r.Header, data, err, begun)
-	return result, a.Proof, p
+	result, more, p = h.work(r.Context(), a, r.Header, data, err, begun)
+	return result, more, a.Proof, p
 }
 
 // admit looks at the header of a block.
@@ -207,9 +240,9 @@ func (h *Handler) Admit(header http.Header, begun time.Time) (serve.Admission, *
 
 // ServeBlock works on a block that was admitted. It is for the server of this
 // module.
-func (h *Handler) ServeBlock(ctx context.Context, a serve.Admission, header http.Header, block []byte, readErr error, begun time.Time) ([]byte, *wire.Problem) {
-	result, p := h.work(ctx, a, header, block, readErr, begun)
-	return result, h.refused(ctx, header, p)
+func (h *Handler) ServeBlock(ctx context.Context, a serve.Admission, header http.Header, block []byte, readErr error, begun time.Time) ([]byte, bool, *wire.Problem) {
+	result, more, p := h.work(ctx, a, header, block, readErr, begun)
+	return result, more, h.refused(ctx, header, p)
 }
 
 // refused logs a refusal that somebody is told, and returns it.
@@ -223,26 +256,31 @@ func (h *Handler) refused(ctx context.Context, header http.Header, p *wire.Probl
 
 // work calls Func with a block, of which readErr says why it did not come
 // whole.
-func (h *Handler) work(parent context.Context, a serve.Admission, header http.Header, data []byte, readErr error, begun time.Time) ([]byte, *wire.Problem) {
+func (h *Handler) work(parent context.Context, a serve.Admission, header http.Header, data []byte, readErr error, begun time.Time) (result []byte, more bool, _ *wire.Problem) {
 	switch {
 	case errors.Is(readErr, os.ErrDeadlineExceeded):
-		return nil, wire.Refuse(http.StatusRequestTimeout, wire.CodeSlow,
+		return nil, false, wire.Refuse(http.StatusRequestTimeout, wire.CodeSlow,
 			fmt.Sprintf("the block did not arrive within %v, which read_timeout sets", h.patience())).Within(h.patience().String())
 	case readErr != nil:
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, fmt.Sprintf("the block was cut: %v", readErr))
+		return nil, false, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, fmt.Sprintf("the block was cut: %v", readErr))
 	case int64(len(data)) > h.most():
-		return nil, h.tooLarge()
+		return nil, false, h.tooLarge()
+	case a.Envelope.Saved > len(data):
+		return nil, false, wire.Refuse(http.StatusBadRequest, wire.CodeEnvelope,
+			fmt.Sprintf("header %s is %d, and the body has %d bytes", wire.Saved, a.Envelope.Saved, len(data)))
 	}
 	digested, err := wire.Check(header, data)
 	if err == nil && a.Proof.Signed() && !digested {
 		err = errors.New("its Content-Digest is none that we know")
 	}
 	if err != nil {
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeDamaged,
+		return nil, false, wire.Refuse(http.StatusBadRequest, wire.CodeDamaged,
 			fmt.Sprintf("the block arrived damaged: %v; send it again", err))
 	}
 	e := a.Envelope
-	ctx := context.WithValue(parent, callKey{}, Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch})
+	what := call{Call: Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch}}
+	what.saved, data = data[:e.Saved:e.Saved], data[e.Saved:]
+	ctx := context.WithValue(parent, callKey{}, what)
 	limit := e.Left
 	if limit > 0 { // the caller counts from when it began to send
 		limit = max(limit-time.Since(begun), time.Millisecond)
@@ -257,9 +295,16 @@ func (h *Handler) work(parent context.Context, a serve.Admission, header http.He
 		ctx, cancel = context.WithCancel(ctx)
 	}
 	defer cancel()
-	result, err := h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
+	result, err = h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
+	for part, ok := errors.AsType[saved](err); ok; part, ok = errors.AsType[saved](err) {
+		if e.MaySave {
+			return part.state, true, nil
+		}
+		what.saved = part.state
+		result, err = h.call(context.WithValue(ctx, callKey{}, what), sheaf.Block{Index: e.Block, Data: data})
+	}
 	if err == nil {
-		return result, nil
+		return result, false, nil
 	}
 	var p *wire.Problem
 	switch {
@@ -274,7 +319,7 @@ func (h *Handler) work(parent context.Context, a serve.Admission, header http.He
 		p = wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error())
 	}
 	p.Job = e.Job
-	return nil, p
+	return nil, false, p
 }
 
 var errPanicked = errors.New("the handler panicked; its log has the stack")

@@ -104,6 +104,7 @@ const (
 	Throttled         // busy; RetryAfter says how long
 	TimedOut          // the attempt's deadline passed
 	Canceled          // by a Cancel command
+	Saved             // the handler has done a part of its work, and shall go on
 )
 
 // An Event goes into the machine.
@@ -350,6 +351,18 @@ func (m *Machine) end(now Time, e Event) {
 		return
 	case Rejected:
 		m.giveUp(a.block, BlockRejected)
+		return
+	case Saved: // a block that is half done goes before those that are not begun
+		m.took.add(now - a.started)
+		if a.hedge {
+			m.hedges--
+		}
+		b.failures, b.faults = 0, 0 // it gets on
+		b.lost = b.lost[:0]
+		if !b.inFlight() {
+			b.hedged = false
+			m.retry = slices.Insert(m.retry, 0, a.block)
+		}
 		return
 	case Failed:
 		b.failures++

@@ -50,7 +50,7 @@ func TestSimulation(t *testing.T) {
 	}
 	// A simulation that never meets a fault shows nothing.
 	if *numSeeds >= 1000 {
-		for _, k := range []string{"crash", "refuse", "truncate", "delay", "duplicate", "late", "join", "leave",
+		for _, k := range []string{"crash", "refuse", "truncate", "save", "delay", "duplicate", "late", "join", "leave",
 			"throttle", "poison", "reject", "fail", "timeout", "hedge", "emit", "give up", "done", "failed", "share failed"} {
 			if seen[k] == 0 {
 				t.Errorf("%d seeds never met %q", *numSeeds, k)
@@ -479,6 +479,9 @@ func (w *world) start(c schedule.Command) {
 	case w.chance(3):
 		w.seen["truncate"]++
 		w.after(w.ms(1, 10), func() { w.end(c.Attempt, schedule.Lost, 0) })
+	case w.chance(3):
+		w.seen["save"]++
+		w.after(w.ms(1, 10)*time.Duration(r.slow), func() { w.end(c.Attempt, schedule.Saved, 0) })
 	case w.chance(2): // hangs: the deadline ends it
 		w.seen["timeout"]++
 		w.after(5*time.Second, func() { w.end(c.Attempt, schedule.TimedOut, 0) })
@@ -504,7 +507,7 @@ func (w *world) end(id int, o schedule.Outcome, wait time.Duration) {
 	a := w.attempts[id]
 	b := &w.blocks[a.block]
 	r := w.replicas[a.replica]
-	if !a.ended && !a.canceled && o == schedule.OK && !r.up {
+	if !a.ended && !a.canceled && (o == schedule.OK || o == schedule.Saved) && !r.up {
 		return
 	}
 	if !a.ended {
@@ -516,6 +519,9 @@ func (w *world) end(id int, o schedule.Outcome, wait time.Duration) {
 		delete(r.running, id)
 		if !b.emitted && !b.gone {
 			switch o {
+			case schedule.Saved:
+				b.failed, b.faults = 0, 0
+				clear(b.lost)
 			case schedule.Failed, schedule.TimedOut:
 				b.failed++
 			case schedule.Lost:

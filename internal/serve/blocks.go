@@ -37,7 +37,8 @@ type BlockHandler interface {
 	// ServeBlock works on a block that was admitted. readErr says why it did not
 	// come whole; it is an os.ErrDeadlineExceeded when it took too long. ctx ends
 	// when the caller has gone. header must not be kept.
-	ServeBlock(ctx context.Context, a Admission, header http.Header, block []byte, readErr error, begun time.Time) (result []byte, p *wire.Problem)
+	// more says that result is not one, but what the handler saved of its work.
+	ServeBlock(ctx context.Context, a Admission, header http.Header, block []byte, readErr error, begun time.Time) (result []byte, more bool, p *wire.Problem)
 }
 
 // An Admission is what the header of a block has told.
@@ -279,7 +280,7 @@ func (c *blockConn) block(begun time.Time) bool {
 		c.last = true // where the next request would begin is not known
 	}
 	c.watch()
-	result, p := c.f.handler.ServeBlock(c.ctx, c.admission, c.head.Header, data, readErr, begun)
+	result, more, p := c.f.handler.ServeBlock(c.ctx, c.admission, c.head.Header, data, readErr, begun)
 	c.watched()
 	if c.ctx.Err() != nil && c.f.base.Err() == nil {
 		return false // nobody is there to be answered
@@ -287,8 +288,15 @@ func (c *blockConn) block(begun time.Time) bool {
 	if p != nil {
 		return c.refuse(p)
 	}
-	b := http1.AppendStatus(c.out[:0], http.StatusOK)
-	b = wire.AppendResult(b, c.f.s.Replica, c.admission.Proof, result)
+	status := http.StatusOK
+	if more {
+		status = http.StatusAccepted
+	}
+	b := http1.AppendStatus(c.out[:0], status)
+	if more {
+		b = append(b, wire.Saved+": 0\r\n"...)
+	}
+	b = wire.AppendResult(b, c.f.s.Replica, c.admission.Proof, result, more)
 	return c.send(b, result)
 }
 

@@ -59,11 +59,11 @@ func (shortEcho) Room() (int64, time.Duration) { return 1 << 16, soon }
 
 func (shortEcho) Admit(http.Header, time.Time) (a serve.Admission, p *wire.Problem) { return a, nil }
 
-func (e shortEcho) ServeBlock(_ context.Context, _ serve.Admission, h http.Header, block []byte, err error, _ time.Time) ([]byte, *wire.Problem) {
+func (e shortEcho) ServeBlock(_ context.Context, _ serve.Admission, h http.Header, block []byte, err error, _ time.Time) ([]byte, bool, *wire.Problem) {
 	if err != nil {
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, "cut")
+		return nil, false, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, "cut")
 	}
-	return e.note(h, block), nil
+	return e.note(h, block), false, nil
 }
 
 // pair is the same function behind net/http and on the short way.

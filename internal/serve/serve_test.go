@@ -51,18 +51,18 @@ func (shortcut) Room() (int64, time.Duration) { return 1 << 20, soon }
 
 func (shortcut) Admit(http.Header, time.Time) (a serve.Admission, p *wire.Problem) { return a, nil }
 
-func (s shortcut) ServeBlock(ctx context.Context, _ serve.Admission, header http.Header, block []byte, readErr error, _ time.Time) ([]byte, *wire.Problem) {
+func (s shortcut) ServeBlock(ctx context.Context, _ serve.Admission, header http.Header, block []byte, readErr error, _ time.Time) ([]byte, bool, *wire.Problem) {
 	if readErr != nil {
-		return nil, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, readErr.Error())
+		return nil, false, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, readErr.Error())
 	}
 	r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/", bytes.NewReader(block))
 	r.Header = header
 	w := httptest.NewRecorder()
 	s.ServeHTTP(w, r)
 	if w.Code != http.StatusOK {
-		return nil, wire.Refuse(w.Code, wire.CodeFailed, w.Body.String())
+		return nil, false, wire.Refuse(w.Code, wire.CodeFailed, w.Body.String())
 	}
-	return w.Body.Bytes(), nil
+	return w.Body.Bytes(), false, nil
 }
 
 // run serves s until the test ends.

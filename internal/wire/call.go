@@ -63,17 +63,21 @@ func NewHTTP(perHost int) *http.Client {
 // (Content-Length). Each is a line with its carriage return and line feed. The
 // Proof is for Judge. The error says that req holds a name that no header can
 // carry.
-func (c *Caller) AppendHead(b []byte, req *sheaf.Request, now time.Time) ([]byte, Proof, error) {
+//
+// The body of the message is what [Body] returns, and given here.
+func (c *Caller) AppendHead(b []byte, req *sheaf.Request, body []byte, now time.Time) ([]byte, Proof, error) {
 	e := Seal(req, now)
+	e.Saved = len(req.Saved)
 	for _, name := range []string{req.Job, req.Function, req.To.ID} {
 		if strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == 0x7f }) {
 			return b, Proof{}, fmt.Errorf("name %q holds a control character, which no header can carry", Cut(name))
 		}
 	}
 	b = e.Append(b)
+	b = appendNumber(b, Saved, uint64(e.Saved))
 	b = append(b, "Content-Type: application/octet-stream\r\n"+Digest+": "...)
 	at := len(b)
-	b = appendSum(b, req.Body)
+	b = appendSum(b, body)
 	if c.Signer == nil {
 		return append(b, "\r\n"...), Proof{}, nil
 	}
@@ -86,15 +90,16 @@ func (c *Caller) Post(ctx context.Context, url string, req *sheaf.Request) (*she
 	fail := func(f sheaf.Fault, err error) (*sheaf.Reply, error) {
 		return nil, Late(ctx, &sheaf.CallError{Fault: f, From: req.To.ID, Err: err})
 	}
-	head, proof, err := c.AppendHead(nil, req, time.Now())
+	body := Body(req)
+	head, proof, err := c.AppendHead(nil, req, body, time.Now())
 	if err != nil {
 		return fail(sheaf.FaultRejected, err)
 	}
-	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(req.Body))
+	hr, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
 		return fail(sheaf.FaultRefused, err)
 	}
-	if len(req.Body) == 0 {
+	if len(body) == 0 {
 		hr.Body, hr.ContentLength = http.NoBody, 0
 	}
 	hr.GetBody = nil // a transport that sends again in silence would run the handler twice unseen
@@ -144,7 +149,8 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 		}
 		from = req.To.ID
 	}
-	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent {
+	more := resp.StatusCode == http.StatusAccepted && resp.Header[Saved] != nil
+	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent && !more {
 		return nil, judge(resp, from)
 	}
 	limit := c.MaxReply
@@ -163,11 +169,13 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 	}
 	proved, err := Check(resp.Header, body)
 	if err == nil && c.Signer != nil {
-		proved, err = c.check(req.Function, proof, resp.Header, proved)
+		proved, err = c.check(req.Function, proof, resp.Header, proved, more)
 	}
 	switch {
 	case err != nil:
 		return fail(sheaf.FaultLost, fmt.Errorf("answer of %d bytes: %w", len(body), err))
+	case more && !proved:
+		return fail(sheaf.FaultLost, fmt.Errorf("%w: what a handler saves must have one", sheaf.ErrUnverified))
 	case proved:
 		if _, known := c.proved.Load(req.Function); !known {
 			c.proved.Store(req.Function, nil)
@@ -180,7 +188,7 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 			return fail(sheaf.FaultTask, fmt.Errorf("%w and is empty, as that of a replica that died; have the function answer 204 when it has no result, or set %s", sheaf.ErrUnverified, Digest))
 		}
 	}
-	return &sheaf.Reply{Body: body, From: from, Verified: proved}, nil
+	return &sheaf.Reply{Body: body, From: from, Verified: proved, More: more}, nil
 }
 
 // A Passed is the answer to a message that is no block.
@@ -240,8 +248,12 @@ func (c *Caller) Pass(ctx context.Context, url string, header http.Header, body 
 
 // check looks at the signature of an answer whose digest is right, or was not
 // given. In signed mode only a signature proves an answer.
-func (c *Caller) check(function string, p Proof, h http.Header, digested bool) (proved bool, err error) {
-	signed, err := p.Check(c.Signer, h.Get(Replica), h.Get(Digest), h[Signature])
+func (c *Caller) check(function string, p Proof, h http.Header, digested, more bool) (proved bool, err error) {
+	digest := h.Get(Digest)
+	if digest != "" {
+		digest = Content(digest, more)
+	}
+	signed, err := p.Check(c.Signer, h.Get(Replica), digest, h[Signature])
 	switch {
 	case err != nil:
 		return false, err

@@ -161,6 +161,9 @@ func (s *Signer) text(e Envelope, function, digest string, when []byte) []byte {
 	for _, n := range [...]uint64{uint64(e.Block), uint64(e.Attempt), uint64(e.Rank), uint64(e.Size), e.Epoch, uint64(e.left())} {
 		b = append(strconv.AppendUint(b, n, 10), '\n')
 	}
+	if e.Saved > 0 {
+		b = append(strconv.AppendInt(append(b, "saved "...), int64(e.Saved), 10), '\n')
+	}
 	return b
 }
 

@@ -32,6 +32,7 @@ const (
 	Size     = "Sheaf-Size"     // of the view
 	Deadline = "Sheaf-Deadline" // milliseconds left for the attempt, so clocks need not agree
 	Replica  = "Sheaf-Replica"  // in an answer: the ID of the replica that gave it
+	Saved    = "Sheaf-Saved"    // bytes at the start of the body that the handler saved; 0 says that it may
 	Digest   = "Content-Digest" // RFC 9530, sha-256 over the whole body, both ways
 	Code     = "Sheaf-Code"     // in a refusal: the code of its problem body
 	RetryMS  = "Sheaf-Retry"    // milliseconds, beside Retry-After, which counts seconds
@@ -81,6 +82,8 @@ type Envelope struct {
 	Size     int // 0 when the sender knew no view
 	Epoch    uint64
 	Left     time.Duration // until the deadline; 0 when there is none
+	Saved    int           // bytes at the start of the body that the handler saved before
+	MaySave  bool          // the sender takes an answer that is not the last
 }
 
 // Seal returns the envelope of req at the given time.
@@ -155,6 +158,8 @@ func Open(h http.Header) (Envelope, error) {
 	e.Size = int(number(Size, 1<<30))
 	e.Epoch = number(Epoch, 1<<63)
 	e.Left = time.Duration(number(Deadline, 1<<40)) * time.Millisecond
+	e.Saved = int(number(Saved, 1<<40))
+	e.MaySave = h[Saved] != nil
 	if err != nil {
 		return Envelope{}, err
 	}
@@ -198,16 +203,35 @@ func appendSum(b, body []byte) []byte {
 // AppendResult appends to b the header fields of the answer that carries a
 // worker's result, but for its length and the replica's name, in the form that
 // [Envelope.Append] has. proof is of the request.
-func AppendResult(b []byte, replica string, proof Proof, result []byte) []byte {
+// With more it is not the result, but what the handler saved.
+func AppendResult(b []byte, replica string, proof Proof, result []byte, more bool) []byte {
 	b = append(b, "Content-Type: application/octet-stream\r\n"+Digest+": "...)
 	digest := len(b)
 	b = appendSum(b, result)
 	end := len(b)
 	b = append(b, "\r\n"...)
 	if proof.Signed() {
-		b = appendField(b, Signature, proof.Answer(replica, string(b[digest:end])))
+		b = appendField(b, Signature, proof.Answer(replica, Content(string(b[digest:end]), more)))
 	}
 	return b
+}
+
+// Content is what the signature of an answer is over: its digest, and whether
+// it is what the handler saved, which must not pass for a result.
+func Content(digest string, more bool) string {
+	if more {
+		return "saved " + digest
+	}
+	return digest
+}
+
+// Body is the body of the message that carries req: what was saved, and the
+// block.
+func Body(req *sheaf.Request) []byte {
+	if len(req.Saved) == 0 {
+		return req.Body
+	}
+	return append(req.Saved[:len(req.Saved):len(req.Saved)], req.Body...)
 }
 
 // errDigest says that a body is not what its digest says.
