@@ -179,20 +179,25 @@ func (b *builder) contextOf(service, image string) (dir string, looked []string)
 	return "", looked
 }
 
-// prepare builds the image of a function that is about to be deployed, if there
-// is a context of it. An image that is not known is left to command to refuse.
-func (b *builder) prepare(spec types.FunctionDeployment) error {
+// prepare sees to it that there is an image for a function that is about to be
+// deployed: it builds the one that it has a context of, if it shall be built now.
+func (b *builder) prepare(spec types.FunctionDeployment, build bool) error {
 	if _, err := b.known(spec.Image); err == nil {
 		return nil
 	}
 	dir, looked := b.contextOf(spec.Service, spec.Image)
 	if dir == "" {
 		_, err := b.command(spec.Image)
-		if err != nil && len(looked) > 0 {
-			return wire.Refuse(http.StatusBadRequest, "unknown_image", fmt.Sprintf(
-				"%v; nor was it built here, and there is no build context %s, which faas-cli up --shrinkwrap --skip-push leaves where it runs (sheaf up --build-dir names another folder)",
-				err, strings.Join(looked, " or "))).About("image")
+		switch {
+		case err == nil:
+			return nil
+		case len(looked) > 0:
+			err = fmt.Errorf("%w; nor was it built here, and there is no build context %s, which faas-cli up --shrinkwrap --skip-push leaves where it runs (sheaf up --build-dir names another folder)",
+				err, strings.Join(looked, " or "))
 		}
+		return unknownImage(err)
+	}
+	if !build {
 		return nil
 	}
 	err := b.build(b.p.ctx, func(w *contextWriter) (buildOrder, error) {

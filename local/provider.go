@@ -61,7 +61,7 @@ type Provider struct {
 	Env map[string]string
 
 	command func(image string) ([]string, error)
-	prepare func(types.FunctionDeployment) error // sees to it that there is an image; nil when they all are there
+	prepare func(spec types.FunctionDeployment, build bool) error // what image does with a builder; nil without one
 	log     *slog.Logger
 	spawn   *spawner
 	guard   *guard
@@ -162,16 +162,8 @@ func (p *Provider) Deploy(spec types.FunctionDeployment, create bool) error {
 	if spec.Namespace != "" && spec.Namespace != Namespace {
 		return foreign(spec.Namespace)
 	}
-	if !create && !p.has(spec.Service) {
-		return p.unknown(spec.Service) // before it is built
-	}
-	if p.prepare != nil {
-		if err := p.prepare(spec); err != nil {
-			return err
-		}
-	}
-	if _, err := p.command(spec.Image); err != nil {
-		return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
+	if err := p.image(spec, create || p.has(spec.Service)); err != nil {
+		return err
 	}
 	least, most, err := bounds(spec)
 	if err != nil {
@@ -223,6 +215,22 @@ func (p *Provider) warn(f *function) {
 			p.log.Warn(says, "function", f.spec.Service)
 		}
 	}
+}
+
+// image says why there is no image for a function. One that can be built is
+// built, if it shall be now.
+func (p *Provider) image(spec types.FunctionDeployment, build bool) error {
+	if p.prepare != nil {
+		return p.prepare(spec, build)
+	}
+	if _, err := p.command(spec.Image); err != nil {
+		return unknownImage(err)
+	}
+	return nil
+}
+
+func unknownImage(err error) error {
+	return wire.Refuse(http.StatusBadRequest, "unknown_image", err.Error()).About("image")
 }
 
 func (p *Provider) has(name string) bool {
