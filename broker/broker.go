@@ -23,6 +23,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/sheaf-project/sheaf/internal/login"
 )
 
 // A Type names a kind of bus.
@@ -238,7 +240,7 @@ func (h Header) Clone() Header {
 // Options say how Connect connects, beside where.
 type Options struct {
 	Name        string // of the connection, as the server shows it
-	Credentials string // path of a file with a user's credentials; "" for none
+	Credentials string // path of a file with a user's credentials, or an nkey's seed; "" for none
 	CA          string // path of a file with the certificates of authorities; "" for those of the system
 	Log         *slog.Logger
 }
@@ -267,10 +269,15 @@ func Connect(url string, o Options) (*nats.Conn, error) {
 		}),
 	}
 	if o.Credentials != "" {
-		if _, err := os.Stat(o.Credentials); err != nil {
+		secret, err := os.ReadFile(o.Credentials)
+		if err != nil {
 			return nil, fmt.Errorf("credentials for NATS: %w", err)
 		}
-		opts = append(opts, nats.UserCredentials(o.Credentials))
+		user, err := login.Options(secret)
+		if err != nil {
+			return nil, fmt.Errorf("credentials for NATS: %s: %w", o.Credentials, err)
+		}
+		opts = append(opts, user...)
 	}
 	if o.CA != "" {
 		pem, err := os.ReadFile(o.CA)

@@ -9,9 +9,11 @@ import (
 	"os"
 )
 
-// signingKeyFile holds the key with which this stack's functions sign blocks
-// and results among themselves.
-const signingKeyFile = "signing-key"
+// Files of a store.
+const (
+	signingKeyFile = "signing-key" // with which functions sign blocks and results
+	natsSeedFile   = "nats-"       // with a role behind it: what logs in to NATS; another one after each start
+)
 
 // signingKey returns the file of the stack's signing key, and makes it when it
 // is not there.

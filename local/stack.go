@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -35,11 +36,14 @@ type Stack struct {
 	Provider *Provider
 	Front    *Front
 	Registry *registry.Registry
+	// ConnectorCreds is the file with which a connector logs in to NATS.
+	ConnectorCreds string
 	// BuildSecretFile has the secret that signs what is sent to POST /build.
 	BuildSecretFile string
 
 	log    *slog.Logger
 	nats   *server.Server
+	logins *logins // to it
 	store  *store
 	brief  bool // store is removed at the end
 	conns  []*nats.Conn
@@ -130,11 +134,11 @@ func Start(cfg Config) (_ *Stack, err error) {
 	if err := s.startNATS(); err != nil {
 		return nil, err
 	}
-	watch, err := s.connect("sheaf watcher")
+	watch, err := s.connect("sheaf watcher", roleWatcher)
 	if err != nil {
 		return nil, err
 	}
-	read, err := s.connect("sheaf front")
+	read, err := s.connect("sheaf front", roleFunctions)
 	if err != nil {
 		return nil, err
 	}
@@ -146,12 +150,18 @@ func Start(cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}
-	s.Provider.Env = map[string]string{"nats_url": s.NATS, "gateway_url": cmp.Or(cfg.Gateway, s.URL),
+	for _, role := range []string{roleFunctions, roleConnector} {
+		if err := s.store.write("", natsSeedFile+role, s.logins.seeds[role]); err != nil {
+			return nil, fmt.Errorf("start: %w", err)
+		}
+	}
+	s.ConnectorCreds = s.store.path("", natsSeedFile+roleConnector)
+	s.Provider.Env = map[string]string{"nats_url": s.NATS, "nats_creds": s.store.path("", natsSeedFile+roleFunctions), "gateway_url": cmp.Or(cfg.Gateway, s.URL),
 		"sheaf_key_file": key, "sheaf_unsigned": "accept"}
 	if err := s.Provider.restore(); err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}
-	queue, err := s.connect("sheaf async")
+	queue, err := s.connect("sheaf async", roleQueue)
 	if err != nil {
 		return nil, err
 	}
@@ -181,8 +191,12 @@ func Start(cfg Config) (_ *Stack, err error) {
 }
 
 func (s *Stack) startNATS() (err error) {
+	if s.logins, err = newLogins(); err != nil {
+		return fmt.Errorf("start NATS: %w", err)
+	}
 	s.nats, err = server.NewServer(&server.Options{
 		ServerName: "sheaf", Host: "127.0.0.1", Port: server.RANDOM_PORT,
+		Users: s.logins.users, Nkeys: s.logins.nkeys,
 		JetStream: true, StoreDir: filepath.Join(s.store.dir, natsFolder), NoSigs: true, NoLog: true, MaxPayload: 8 << 20,
 	})
 	if err != nil {
@@ -196,10 +210,20 @@ func (s *Stack) startNATS() (err error) {
 	return nil
 }
 
-// connect opens a connection to NATS that never gives up.
-func (s *Stack) connect(name string) (*nats.Conn, error) {
-	nc, err := nats.Connect(s.NATS, nats.Name(name), nats.InProcessServer(s.nats), nats.MaxReconnects(-1),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.log.Debug("NATS", "err", err) }))
+// ClientURL is where tools connect to NATS, with a login that may publish
+// messages and hear the answers, and nothing else. It holds a password.
+func (s *Stack) ClientURL() string {
+	return "nats://" + url.UserPassword(roleClient, s.logins.password).String() + "@" + strings.TrimPrefix(s.NATS, "nats://")
+}
+
+// connect opens a connection to NATS, as one of the roles, that never gives up.
+func (s *Stack) connect(name, role string) (*nats.Conn, error) {
+	o, err := s.logins.options(role)
+	if err != nil {
+		return nil, err
+	}
+	nc, err := nats.Connect(s.NATS, append(o, nats.Name(name), nats.InProcessServer(s.nats), nats.MaxReconnects(-1),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.log.Debug("NATS", "err", err) }))...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to NATS: %w", err)
 	}
@@ -210,6 +234,16 @@ func (s *Stack) connect(name string) (*nats.Conn, error) {
 // Command says how a replica of an image is started, that Config.Command knows
 // or that was built here.
 func (s *Stack) Command(image string) ([]string, error) { return s.Provider.command(image) }
+
+// ConnectNATS opens a connection to NATS with the rights that functions have. It
+// is the caller's to close.
+func (s *Stack) ConnectNATS(name string) (*nats.Conn, error) {
+	o, err := s.logins.options(roleFunctions)
+	if err != nil {
+		return nil, err
+	}
+	return nats.Connect(s.NATS, append(o, nats.Name(name))...)
+}
 
 // Client returns a client of the stack's own API.
 func (s *Stack) Client() *gateway.Client { return s.api }

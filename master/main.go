@@ -21,6 +21,7 @@ import (
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/direct"
 	"github.com/sheaf-project/sheaf/gateway"
+	"github.com/sheaf-project/sheaf/internal/login"
 	"github.com/sheaf-project/sheaf/internal/serve"
 	"github.com/sheaf-project/sheaf/internal/wire"
 	jobs "github.com/sheaf-project/sheaf/job"
@@ -33,6 +34,7 @@ import (
 // the environment:
 //
 //	nats_url         where the record of replicas is; nats://nats.openfaas:4222
+//	nats_creds       a secret to log in there with: an nkey's seed, or credentials
 //	gateway_url      for route=gateway; http://gateway.openfaas:8080
 //	worker_function  that does the work; "worker"
 //	namespaces       whose functions a request may name, separated by commas; openfaas-fn
@@ -118,9 +120,18 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 	if u, err := url.Parse(gatewayURL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return expected("gateway_url", gatewayURL, "a URL such as http://gateway.openfaas:8080")
 	}
-	nc, err := nats.Connect(natsURL, nats.Name("sheaf master "+s.Replica),
+	var user []nats.Option
+	if secret := v.Secret("nats_creds"); secret != nil {
+		if user, err = login.Options(secret); err != nil {
+			return expected("nats_creds", getenv("nats_creds"), "a file, or a secret of the function, with a login for NATS; "+err.Error())
+		}
+	}
+	if v.Err != nil {
+		return nil, nil, v.Err
+	}
+	nc, err := nats.Connect(natsURL, append(user, nats.Name("sheaf master "+s.Replica),
 		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { h.Log.Warn("NATS", "err", err) }))
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { h.Log.Warn("NATS", "err", err) }))...)
 	if err != nil { // it repeats the value, which may hold a password
 		return nil, nil, errors.New("environment variable nats_url cannot be used; expected URLs such as nats://nats.openfaas:4222")
 	}

@@ -28,6 +28,8 @@ var rooms = map[string]struct{ own, modules []string }{
 
 	"internal/routetest": {own: []string{"", "internal/wire"}},
 
+	"internal/login": {modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nkeys"}},
+
 	// Only tests import it, and with it the server of NATS Streaming.
 	"internal/bustest": {own: []string{"broker"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go",
 		"github.com/nats-io/nats-server/v2", "github.com/nats-io/nats-streaming-server", "go.uber.org/goleak"}},
@@ -39,18 +41,18 @@ var rooms = map[string]struct{ own, modules []string }{
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},
 	"kube":     {own: []string{""}, modules: []string{"github.com/go-logr/logr", "k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "k8s.io/klog/v2"}},
 	"topic":    {own: []string{"", "internal/wire"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid"}},
-	"broker":   {modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go"}},
+	"broker":   {own: []string{"internal/login"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go"}},
 
 	"job": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go"}},
 
 	// What wires adapters together.
-	"master": {own: []string{"", "direct", "gateway", "internal/serve", "internal/wire", "job", "registry", "topic"},
+	"master": {own: []string{"", "direct", "gateway", "internal/login", "internal/serve", "internal/wire", "job", "registry", "topic"},
 		modules: []string{"github.com/nats-io/nats.go"}},
 	"connector": {own: []string{"", "broker", "internal/wire", "topic"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
 			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang"}},
-	"local": {own: []string{"", "gateway", "internal/wire", "registry"},
-		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/openfaas/faas-provider"}},
+	"local": {own: []string{"", "gateway", "internal/login", "internal/wire", "registry"},
+		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/nats-io/nkeys", "github.com/openfaas/faas-provider"}},
 
 	// What a function's author writes against.
 	"function": {own: []string{"", "internal/serve", "internal/wire", "master", "worker"}},

@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/openfaas/faas-provider/types"
 
@@ -130,7 +129,7 @@ type watchdog struct {
 
 func (b *bench) watchdog() *watchdog {
 	b.t.Helper()
-	nc, err := nats.Connect(b.NATS)
+	nc, err := b.ConnectNATS("test")
 	if err != nil {
 		b.t.Fatal(err)
 	}

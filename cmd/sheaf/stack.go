@@ -88,7 +88,7 @@ type stack struct {
 
 // connect starts a connector on the stack's NATS.
 func (st *stack) connect(auth local.Auth, log *slog.Logger) error {
-	nc, err := broker.Connect(st.NATS, broker.Options{Name: "sheaf connector", Log: log})
+	nc, err := broker.Connect(st.NATS, broker.Options{Name: "sheaf connector", Credentials: st.ConnectorCreds, Log: log})
 	if err != nil {
 		return err
 	}
@@ -339,7 +339,7 @@ Try, in another terminal:
 Build and deploy functions with faas-cli (faas-cli new --lang sheaf-go NAME), by either of
   faas-cli up --gateway %[1]s --shrinkwrap --skip-push
   faas-cli up --gateway %[1]s --remote-builder %[1]s --payload-secret %[4]s
-`, st.URL, time.Since(begun).Round(time.Millisecond), *workers, st.BuildSecretFile, st.NATS, masterTopic)
+`, st.URL, time.Since(begun).Round(time.Millisecond), *workers, st.BuildSecretFile, st.ClientURL(), masterTopic)
 	if login != "" {
 		fmt.Fprintf(s.err, "\nThe API asks for a login:\n  %s --gateway %s\n", login, st.URL)
 	}
