@@ -139,7 +139,7 @@ func TestScatterInOrder(t *testing.T) {
 			time.Sleep(rand.N(time.Second))
 			return nil, nil
 		}}
-		g := sheaf.Group{Route: r, Resolver: ready(8), Limit: 10}
+		g := sheaf.Group{Route: by(t, r), Resolver: ready(8), Limit: 10}
 		next := 0
 		for r, err := range sheaf.InOrder(g.Scatter(t.Context(), words(300))) {
 			if err != nil || r.Index != next {
@@ -164,7 +164,7 @@ func TestScatterInOrder(t *testing.T) {
 			}
 			return nil, nil
 		}}
-		g := sheaf.Group{Route: r, Resolver: ready(8)}
+		g := sheaf.Group{Route: by(t, r), Resolver: ready(8)}
 		_, err := sheaf.Gather(g.Scatter(t.Context(), words(10)), func(b []byte) (int, error) { return strconv.Atoi(string(b)) })
 		if !errors.Is(err, strconv.ErrSyntax) || r.running.Load() != 0 {
 			t.Errorf("error %v, %d calls run", err, r.running.Load())

@@ -336,16 +336,10 @@ func (g *Group) call(ctx context.Context, req *Request) (*Reply, error) {
 	defer cancel()
 	reply, err := g.Route.Call(ctx, req)
 	switch {
-	case err == nil && reply == nil:
-		return nil, &CallError{Fault: FaultLost, Err: errors.New("route returned neither a reply nor an error")}
-	case err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded):
-		if ce, ok := errors.AsType[*CallError](err); ok {
-			err = ce.Err // who and what is said anew
-		}
-		return nil, &CallError{Fault: FaultTimeout, From: req.To.ID,
-			Err: fmt.Errorf("no answer within %v: %w", g.Timeout, err)}
-	case err == nil && g.Verified && !reply.Verified:
-		return nil, &CallError{Fault: FaultRejected, From: reply.From, Err: ErrUnverified}
+	case err == nil:
+		return g.accept(reply)
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return nil, g.late(req.To.ID, err)
 	}
-	return reply, err
+	return nil, err
 }

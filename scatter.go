@@ -38,9 +38,9 @@ func (g *Group) Scatter(ctx context.Context, blocks iter.Seq2[Block, error]) ite
 		if err == nil {
 			s := newScatter(ctx, &c)
 			defer s.wg.Wait()
-			defer s.cancel()
+			defer s.stop()
 			err = s.run(blocks, yield)
-			s.cancel()
+			s.stop()
 		}
 		if err != nil && !errors.Is(err, errLeft) {
 			yield(Result{}, fmt.Errorf("scatter to %s: %w", g.Function, err))
@@ -54,20 +54,25 @@ var anyReplica = []string{""}
 // scatter is one call of Scatter.
 type scatter struct {
 	g       *Group
+	starter Starter // the group's route, if it is one
 	ctx     context.Context
 	cancel  context.CancelFunc
-	wg      sync.WaitGroup
+	wg      sync.WaitGroup // of goroutines, and of attempts that the starter carries
 	machine *schedule.Machine
 	begun   time.Time
 	timer   *time.Timer
-	events  chan happening
-	credit  chan struct{} // one for each block that may be read
+	tick    time.Duration // when the machine wants to be woken, or schedule.Never
+	set     time.Duration // when the timer will fire
+	inbox   inbox
+
+	allowed atomic.Int64  // blocks that may be read, in all
 	bytes   atomic.Int64  // of the blocks that are held
-	freed   chan struct{} // filled when bytes has gone down
+	more    chan struct{} // filled when allowed has gone up, or bytes down
 
 	view    View
 	held    map[int]*heldBlock
-	running map[int]*call
+	running map[int]*attempt
+	timed   []*attempt // those that the starter carries, by deadline; some have ended
 	missing PartialError
 	read    int
 	ended   bool
@@ -83,22 +88,54 @@ type heldBlock struct {
 	legs  int      // how often one did
 }
 
-// call is an attempt in flight.
-type call struct {
-	index    int
-	replica  string // its ID, empty when the route picks one
-	cancel   context.CancelFunc
-	canceled bool
-}
-
 // happening is what goroutines tell the one that runs the machine.
 type happening struct {
 	event schedule.Event
-	block Block
-	view  View
+	block *heldBlock
+	view  *View
 	reply *Reply
 	took  time.Duration
 	err   error // with event.Kind Ended the attempt's; otherwise it ends the scatter
+}
+
+// inbox holds what has happened until the loop takes it. Nobody waits to put
+// something in: how much there can be is bounded by the blocks that were asked
+// for and the attempts that were begun; of views only the last one counts.
+type inbox struct {
+	wake chan struct{} // filled when there is something
+
+	mu   sync.Mutex // guards what follows
+	list []happening
+	view *View
+}
+
+func (b *inbox) put(h happening) {
+	b.mu.Lock()
+	if h.view != nil && h.err == nil {
+		b.view = h.view
+	} else {
+		b.list = append(b.list, h)
+	}
+	b.mu.Unlock()
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take empties the inbox. The slice that it returns takes the place of the one
+// that it is given.
+func (b *inbox) take(old []happening) []happening {
+	clear(old)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := b.list
+	b.list = old[:0]
+	if b.view != nil {
+		list = append(list, happening{event: schedule.Event{Kind: schedule.ViewChanged}, view: b.view})
+		b.view = nil
+	}
+	return list
 }
 
 func newScatter(ctx context.Context, g *Group) *scatter {
@@ -106,13 +143,14 @@ func newScatter(ctx context.Context, g *Group) *scatter {
 		g:       g,
 		begun:   time.Now(),
 		timer:   time.NewTimer(time.Hour),
-		events:  make(chan happening, 16),
-		credit:  make(chan struct{}, g.Limit),
-		freed:   make(chan struct{}, 1),
+		tick:    schedule.Never,
+		inbox:   inbox{wake: make(chan struct{}, 1)},
+		more:    make(chan struct{}, 1),
 		held:    make(map[int]*heldBlock),
-		running: make(map[int]*call),
+		running: make(map[int]*attempt),
 		missing: PartialError{Job: g.Job, Total: -1},
 	}
+	s.starter, _ = g.Route.(Starter)
 	s.timer.Stop()
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	cfg := schedule.Config{
@@ -127,67 +165,94 @@ func newScatter(ctx context.Context, g *Group) *scatter {
 	return s
 }
 
+// stop ends all that runs.
+func (s *scatter) stop() {
+	s.cancel()
+	for _, a := range s.running {
+		a.cancel()
+	}
+}
+
 // run is the loop around the machine. It returns when all is settled.
 func (s *scatter) run(blocks iter.Seq2[Block, error], yield func(Result, error) bool) error {
 	defer s.timer.Stop()
 	s.wg.Go(func() { s.input(blocks) })
-	first := schedule.Event{Kind: schedule.Tick}
+	first := happening{event: schedule.Event{Kind: schedule.Tick}}
 	if s.g.Resolver == nil {
-		first = schedule.Event{Kind: schedule.ViewChanged, Replicas: anyReplica}
+		first.event = schedule.Event{Kind: schedule.ViewChanged, Replicas: anyReplica}
 	} else {
 		s.wg.Go(s.watch)
 	}
-	if done, err := s.step(happening{event: first}, yield); done {
-		return err
-	}
+	batch := []happening{first}
 	for {
-		var h happening
+		for i := range batch {
+			if done, err := s.step(&batch[i], yield); done {
+				return err
+			}
+		}
+		s.setTimer()
 		select {
-		case h = <-s.events:
+		case <-s.inbox.wake:
+			batch = s.inbox.take(batch)
 		case <-s.timer.C:
-			h.event.Kind = schedule.Tick
+			s.expire()
+			batch = append(batch[:0], happening{event: schedule.Event{Kind: schedule.Tick}})
 		case <-s.ctx.Done():
 			return context.Cause(s.ctx)
 		}
-		if done, err := s.step(h, yield); done {
-			return err
+	}
+}
+
+// setTimer sets the timer for what comes next: the machine's tick, or the first
+// deadline of an attempt that the starter carries.
+func (s *scatter) setTimer() {
+	for len(s.timed) > 0 && s.timed[0].over {
+		s.timed = s.timed[1:]
+	}
+	next := s.tick
+	if len(s.timed) > 0 {
+		if at := s.timed[0].req.Deadline.Sub(s.begun); next == schedule.Never || at < next {
+			next = at
 		}
+	}
+	if next == schedule.Never {
+		next = time.Hour
+	}
+	// An early tick does no harm, so the timer is only ever moved forward.
+	if next < s.set || s.set <= time.Since(s.begun) {
+		s.set = next
+		s.timer.Reset(next - time.Since(s.begun))
 	}
 }
 
 // tell hands h to the loop, unless that has ended.
 func (s *scatter) tell(h happening) bool {
-	select {
-	case s.events <- h:
-		return true
-	case <-s.ctx.Done():
-		return false
-	}
+	s.inbox.put(h)
+	return s.ctx.Err() == nil
 }
 
 // input reads blocks as far as the machine has asked for them.
 func (s *scatter) input(blocks iter.Seq2[Block, error]) {
+	read := int64(0)
 	mayRead := func() bool {
-		select {
-		case <-s.credit:
-		case <-s.ctx.Done():
-			return false
-		}
-		for s.bytes.Load() >= s.g.LimitBytes {
+		for s.ctx.Err() == nil {
+			if read < s.allowed.Load() && s.bytes.Load() < s.g.LimitBytes {
+				read++
+				return true
+			}
 			select {
-			case <-s.freed:
+			case <-s.more:
 			case <-s.ctx.Done():
-				return false
 			}
 		}
-		return true
+		return false
 	}
 	if !mayRead() {
 		return
 	}
 	for b, err := range blocks {
 		s.bytes.Add(int64(len(b.Data)))
-		h := happening{event: schedule.Event{Kind: schedule.BlockRead}, block: b, err: err}
+		h := happening{event: schedule.Event{Kind: schedule.BlockRead}, block: &heldBlock{Block: b}, err: err}
 		if !s.tell(h) || err != nil || !mayRead() {
 			return
 		}
@@ -195,10 +260,18 @@ func (s *scatter) input(blocks iter.Seq2[Block, error]) {
 	s.tell(happening{event: schedule.Event{Kind: schedule.InputEnd}})
 }
 
+// mayReadMore wakes the reader of blocks.
+func (s *scatter) mayReadMore() {
+	select {
+	case s.more <- struct{}{}:
+	default:
+	}
+}
+
 // watch passes the function's views on.
 func (s *scatter) watch() {
 	for v, err := range s.g.Resolver.Watch(s.ctx, s.g.Function) {
-		if !s.tell(happening{event: schedule.Event{Kind: schedule.ViewChanged}, view: v, err: err}) || err != nil {
+		if !s.tell(happening{event: schedule.Event{Kind: schedule.ViewChanged}, view: &v, err: err}) || err != nil {
 			return
 		}
 	}
@@ -206,45 +279,41 @@ func (s *scatter) watch() {
 
 // step gives the machine one event and carries its commands out. done says
 // that the scatter is over.
-func (s *scatter) step(h happening, yield func(Result, error) bool) (done bool, err error) {
+func (s *scatter) step(h *happening, yield func(Result, error) bool) (done bool, err error) {
 	if h.err != nil && (h.event.Kind != schedule.Ended || errors.Is(h.err, ErrNotAddressable)) {
 		return true, h.err // no other attempt would fare better
 	}
 	switch h.event.Kind {
 	case schedule.BlockRead:
 		h.block.Index = s.read
+		s.held[s.read] = h.block
 		s.read++
-		s.held[h.block.Index] = &heldBlock{Block: h.block}
 	case schedule.InputEnd:
 		s.ended = true
 	case schedule.ViewChanged:
 		if s.g.Resolver != nil {
-			s.view = h.view
+			s.view = *h.view
 			h.event.Replicas = make([]string, len(h.view.Replicas))
 			for i, r := range h.view.Replicas {
 				h.event.Replicas[i] = r.ID
 			}
 		}
 	case schedule.Ended:
-		s.attemptEnded(&h)
+		s.attemptEnded(h)
 	}
 	var result *Result // one at most: of the attempt that ended
 	for _, c := range s.machine.Step(time.Since(s.begun), h.event) {
 		switch c.Kind {
 		case schedule.Read:
-			for range c.N {
-				s.credit <- struct{}{} // has room: the machine asks for Limit at most
-			}
+			s.allowed.Add(int64(c.N))
+			s.mayReadMore()
 		case schedule.Start:
 			s.start(c)
 		case schedule.Cancel:
 			s.running[c.Attempt].canceled = true
 			s.running[c.Attempt].cancel()
 		case schedule.SetTimer:
-			s.timer.Stop()
-			if c.At != schedule.Never {
-				s.timer.Reset(c.At - time.Since(s.begun))
-			}
+			s.tick = c.At
 		case schedule.Emit:
 			b := s.release(c.Block)
 			s.missing.Done++
@@ -278,10 +347,7 @@ func (s *scatter) release(i int) *heldBlock {
 	b := s.held[i]
 	delete(s.held, i)
 	s.bytes.Add(-int64(len(b.Data)))
-	select {
-	case s.freed <- struct{}{}:
-	default:
-	}
+	s.mayReadMore()
 	return b
 }
 
@@ -298,76 +364,4 @@ func (s *scatter) noReplica() error {
 		return fmt.Errorf("%w after %v", ErrNoReplica, s.g.ReplicaWait)
 	}
 	return fmt.Errorf("%w after %v; the last attempt met: %w", ErrNoReplica, s.g.ReplicaWait, s.lastErr)
-}
-
-// start makes an attempt on a goroutine of its own.
-func (s *scatter) start(c schedule.Command) {
-	b := s.held[c.Block]
-	req := &Request{Job: s.g.Job, Function: s.g.Function, Index: c.Block, Attempt: c.Number, Body: b.Data, Saved: b.saved}
-	if s.g.Resolver != nil {
-		req.To, req.Rank, req.Size, req.Epoch = s.view.Replicas[c.Rank], c.Rank, len(s.view.Replicas), s.view.Epoch
-	}
-	ctx, cancel := context.WithCancel(s.ctx)
-	s.running[c.Attempt] = &call{index: c.Block, replica: c.Replica, cancel: cancel}
-	s.wg.Go(func() {
-		defer cancel()
-		begun := time.Now()
-		reply, err := s.g.call(ctx, req)
-		s.tell(happening{
-			event: schedule.Event{Kind: schedule.Ended, Attempt: c.Attempt},
-			reply: reply, took: time.Since(begun), err: err,
-		})
-	})
-}
-
-// maxLegs is how often a handler may save its work at one block: one that never
-// ends shall.
-const maxLegs = 10_000
-
-// attemptEnded takes an attempt out of those in flight, and says how it ended.
-func (s *scatter) attemptEnded(h *happening) {
-	a := s.running[h.event.Attempt]
-	delete(s.running, h.event.Attempt)
-	switch {
-	case h.err == nil && h.reply.More:
-		b := s.held[a.index]
-		if b == nil || a.canceled { // another attempt has won
-			h.event.Outcome = schedule.Canceled
-			return
-		}
-		if b.legs++; b.legs <= maxLegs {
-			b.saved = h.reply.Body
-			h.event.Outcome = schedule.Saved
-			return
-		}
-		h.err = &CallError{Fault: FaultRejected, From: h.reply.From, Err: fmt.Errorf("the handler has saved its work %d times and is not done", maxLegs)}
-	case h.err == nil:
-		h.event.Outcome = schedule.OK
-		return
-	case a.canceled:
-		h.event.Outcome = schedule.Canceled
-		return
-	}
-	s.lastErr = h.err
-	fault, after := faultOf(h.err)
-	h.event.RetryAfter = after
-	h.event.Outcome = map[Fault]schedule.Outcome{
-		FaultTask: schedule.Failed, FaultRejected: schedule.Rejected, FaultLost: schedule.Lost,
-		FaultRefused: schedule.Refused, FaultThrottled: schedule.Throttled, FaultTimeout: schedule.TimedOut,
-	}[fault]
-	if h.event.Outcome == 0 {
-		h.event.Outcome = schedule.Lost // a route that says nothing we know
-	}
-	if b := s.held[a.index]; b != nil {
-		b.err = h.err
-		if h.event.Outcome == schedule.Lost {
-			id := a.replica
-			if ce, ok := errors.AsType[*CallError](h.err); ok && id == "" {
-				id = ce.From
-			}
-			if id != "" && !slices.Contains(b.lost, id) {
-				b.lost = append(b.lost, id)
-			}
-		}
-	}
 }

@@ -149,12 +149,35 @@ func drain(t *testing.T, results iter.Seq2[sheaf.Result, error]) (map[int]sheaf.
 	return all, end
 }
 
-// bubble runs f as a subtest with a clock of its own.
+// bubble runs f as two subtests with clocks of their own: one in which routes
+// are called, one in which they are started.
 func bubble(t *testing.T, name string, f func(t *testing.T)) {
-	t.Run(name, func(t *testing.T) {
-		t.Parallel()
-		synctest.Test(t, f)
-	})
+	for _, way := range []string{"/calls", "/starts"} {
+		t.Run(name+way, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, f)
+		})
+	}
+}
+
+// by is r, or r as a Starter, as the bubble wants it.
+func by(t testing.TB, r sheaf.Route) sheaf.Route {
+	if strings.HasSuffix(t.Name(), "/starts") {
+		return starter{r}
+	}
+	return r
+}
+
+// starter is a Starter that makes calls on goroutines.
+type starter struct{ sheaf.Route }
+
+func (s starter) Start(req *sheaf.Request, done func(*sheaf.Reply, error)) (cancel func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		defer cancel()
+		done(s.Call(ctx, req))
+	}()
+	return cancel
 }
 
 func TestScatter(t *testing.T) {
@@ -224,7 +247,7 @@ func TestScatter(t *testing.T) {
 	}
 	t.Run("no block", func(t *testing.T) {
 		t.Parallel()
-		g := sheaf.Group{Route: &route{}, Resolver: ready(0)}
+		g := sheaf.Group{Route: by(t, &route{}), Resolver: ready(0)}
 		if results, err := drain(t, g.Scatter(t.Context(), words(0))); err != nil || len(results) != 0 {
 			t.Errorf("%d results, error %v", len(results), err)
 		}
@@ -264,7 +287,7 @@ func TestScatterRetries(t *testing.T) {
 					}
 					return capitals(req), nil
 				})
-				g := sheaf.Group{Route: r, Resolver: resolver, NoHedge: true}
+				g := sheaf.Group{Route: by(t, r), Resolver: resolver, NoHedge: true}
 				results, err := drain(t, g.Scatter(t.Context(), words(4)))
 				if err != nil || len(results) != 4 {
 					t.Fatalf("%d results, error %v", len(results), err)
@@ -302,12 +325,12 @@ func TestScatterGivesUp(t *testing.T) {
 		bubble(t, test.name, func(t *testing.T) {
 			g := test.group
 			g.Resolver, g.NoHedge, g.Job, g.Tolerate = ready(test.replicas), true, "j", 1
-			g.Route = sheaf.RouteFunc(func(_ context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
+			g.Route = by(t, sheaf.RouteFunc(func(_ context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
 				if req.Index == 2 {
 					return nil, test.err
 				}
 				return capitals(req), nil
-			})
+			}))
 			results, err := drain(t, g.Scatter(t.Context(), words(20)))
 			var pe *sheaf.PartialError
 			if !errors.As(err, &pe) || len(pe.Missing) != 1 {
@@ -385,7 +408,7 @@ func TestScatterVerified(t *testing.T) {
 			r := sheaf.RouteFunc(func(_ context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
 				return &sheaf.Reply{Verified: verified}, nil
 			})
-			g := sheaf.Group{Route: r, Resolver: ready(1), Verified: true}
+			g := sheaf.Group{Route: by(t, r), Resolver: ready(1), Verified: true}
 			_, err := drain(t, g.Scatter(t.Context(), words(1)))
 			if errors.Is(err, sheaf.ErrUnverified) == verified || (err == nil) != verified {
 				t.Errorf("error %v", err)
@@ -406,7 +429,7 @@ func TestScatterTime(t *testing.T) {
 			}
 			return capitals(req), nil
 		})
-		g := sheaf.Group{Route: r, Resolver: ready(1)}
+		g := sheaf.Group{Route: by(t, r), Resolver: ready(1)}
 		if _, err := drain(t, g.Scatter(t.Context(), words(1))); err != nil {
 			t.Fatal(err)
 		}
@@ -417,7 +440,7 @@ func TestScatterTime(t *testing.T) {
 	bubble(t, "timeout ends an attempt", func(t *testing.T) {
 		begun := time.Now()
 		r := &route{f: func(ctx context.Context, _ *sheaf.Request) (*sheaf.Reply, error) { return hang(ctx) }}
-		g := sheaf.Group{Route: r, Resolver: ready(1), Timeout: 2 * time.Second}
+		g := sheaf.Group{Route: by(t, r), Resolver: ready(1), Timeout: 2 * time.Second}
 		_, err := drain(t, g.Scatter(t.Context(), words(1)))
 		var be *sheaf.BlockError
 		var ce *sheaf.CallError
@@ -434,13 +457,13 @@ func TestScatterTime(t *testing.T) {
 		route := &route{f: func(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
 			if req.Index == 19 && req.Attempt == 1 {
 				reply, err := hang(ctx)
-				canceled = errors.Is(ctx.Err(), context.Canceled)
+				canceled = errors.Is(ctx.Err(), context.Canceled) && time.Since(begun) < sheaf.DefaultTimeout
 				return reply, err
 			}
 			time.Sleep(10 * time.Millisecond)
 			return nil, nil
 		}}
-		g := sheaf.Group{Route: route, Resolver: ready(2), NoHedge: noHedge}
+		g := sheaf.Group{Route: by(t, route), Resolver: ready(2), NoHedge: noHedge}
 		results, err := drain(t, g.Scatter(t.Context(), words(20)))
 		if err != nil || len(results) != 20 || route.running.Load() != 0 {
 			t.Fatalf("%d results, error %v, %d calls run", len(results), err, route.running.Load())
@@ -485,7 +508,7 @@ func TestScatterViews(t *testing.T) {
 			time.Sleep(time.Second)
 			v.set("b", "c")
 		}()
-		g := sheaf.Group{Route: r, Resolver: v}
+		g := sheaf.Group{Route: by(t, r), Resolver: v}
 		results, err := drain(t, g.Scatter(t.Context(), words(200)))
 		if err != nil || len(results) != 200 {
 			t.Fatalf("%d results, error %v", len(results), err)
@@ -509,7 +532,7 @@ func TestScatterViews(t *testing.T) {
 			time.Sleep(1500 * time.Millisecond)
 			v.set("b")
 		}()
-		g := sheaf.Group{Route: r, Resolver: v}
+		g := sheaf.Group{Route: by(t, r), Resolver: v}
 		if _, err := drain(t, g.Scatter(t.Context(), words(30))); err != nil {
 			t.Error(err)
 		}
@@ -525,7 +548,7 @@ func TestScatterViews(t *testing.T) {
 			return nil, nil
 		}}
 		begun := time.Now()
-		g := sheaf.Group{Route: r, Resolver: v}
+		g := sheaf.Group{Route: by(t, r), Resolver: v}
 		if _, err := drain(t, g.Scatter(t.Context(), words(1))); err != nil || time.Since(begun) > time.Second {
 			t.Errorf("took %v, error %v", time.Since(begun), err)
 		}
@@ -542,7 +565,7 @@ func TestScatterViews(t *testing.T) {
 			begun := time.Now()
 			refused := fault(sheaf.FaultRefused)
 			r := sheaf.RouteFunc(func(context.Context, *sheaf.Request) (*sheaf.Reply, error) { return nil, refused })
-			g := sheaf.Group{Route: r, Resolver: test.resolver, ReplicaWait: 7 * time.Second}
+			g := sheaf.Group{Route: by(t, r), Resolver: test.resolver, ReplicaWait: 7 * time.Second}
 			_, err := drain(t, g.Scatter(t.Context(), words(3)))
 			if took := time.Since(begun); !errors.Is(err, sheaf.ErrNoReplica) || took < 7*time.Second || took > 8*time.Second {
 				t.Errorf("after %v: error %v", took, err)
@@ -564,7 +587,7 @@ func TestScatterViews(t *testing.T) {
 				}()
 			}
 		}
-		g := sheaf.Group{Route: &route{}, Resolver: v}
+		g := sheaf.Group{Route: by(t, &route{}), Resolver: v}
 		if results, err := drain(t, g.Scatter(t.Context(), blocks)); err != nil || len(results) != 1 {
 			t.Errorf("%d results, error %v", len(results), err)
 		}
@@ -576,7 +599,7 @@ func TestScatterViews(t *testing.T) {
 			time.Sleep(time.Second)
 			v.fail(fmt.Errorf("resolve worker: %w", sheaf.ErrNoFunction))
 		}()
-		g := sheaf.Group{Route: &route{}, Resolver: v}
+		g := sheaf.Group{Route: by(t, &route{}), Resolver: v}
 		if _, err := drain(t, g.Scatter(t.Context(), words(3))); !errors.Is(err, sheaf.ErrNoFunction) {
 			t.Errorf("error %v", err)
 		}
@@ -599,7 +622,7 @@ func TestScatterEnds(t *testing.T) {
 			time.Sleep(time.Second)
 			return 0, broken
 		})), 2)
-		results, err := drain(t, (&sheaf.Group{Route: r, Resolver: ready(1)}).Scatter(t.Context(), blocks))
+		results, err := drain(t, (&sheaf.Group{Route: by(t, r), Resolver: ready(1)}).Scatter(t.Context(), blocks))
 		if !errors.Is(err, broken) || len(results) != 2 || r.running.Load() != 0 {
 			t.Errorf("%d results, error %v, %d calls run", len(results), err, r.running.Load())
 		}
@@ -610,7 +633,7 @@ func TestScatterEnds(t *testing.T) {
 		time.AfterFunc(time.Second, func() { cancel(cause) })
 		r := &route{f: func(ctx context.Context, _ *sheaf.Request) (*sheaf.Reply, error) { return hang(ctx) }}
 		begun := time.Now()
-		_, err := drain(t, (&sheaf.Group{Route: r, Resolver: ready(1)}).Scatter(ctx, words(3)))
+		_, err := drain(t, (&sheaf.Group{Route: by(t, r), Resolver: ready(1)}).Scatter(ctx, words(3)))
 		if !errors.Is(err, cause) || time.Since(begun) != time.Second || r.running.Load() != 0 {
 			t.Errorf("after %v: error %v, %d calls run", time.Since(begun), err, r.running.Load())
 		}
@@ -626,7 +649,7 @@ func TestScatterEnds(t *testing.T) {
 			return nil, ctx.Err()
 		}}
 		begun := time.Now()
-		for range (&sheaf.Group{Route: r, Resolver: ready(4)}).Scatter(t.Context(), words(100)) {
+		for range (&sheaf.Group{Route: by(t, r), Resolver: ready(4)}).Scatter(t.Context(), words(100)) {
 			break
 		}
 		if took := time.Since(begun); took != 2*time.Second || r.running.Load() != 0 {
@@ -637,7 +660,7 @@ func TestScatterEnds(t *testing.T) {
 		in, out := io.Pipe()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		for _, err := range (&sheaf.Group{Route: &route{}, Resolver: ready(1)}).Scatter(ctx, sheaf.SplitLines(in, 10)) {
+		for _, err := range (&sheaf.Group{Route: by(t, &route{}), Resolver: ready(1)}).Scatter(ctx, sheaf.SplitLines(in, 10)) {
 			if !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("error %v", err)
 			}
@@ -679,7 +702,7 @@ func TestScatterHolds(t *testing.T) {
 				}
 			}
 			g := test.group
-			g.Route = &route{}
+			g.Route = by(t, &route{})
 			for r, err := range g.Scatter(t.Context(), blocks) {
 				if err != nil {
 					t.Fatal(err)
@@ -713,7 +736,7 @@ func TestScatterHolds(t *testing.T) {
 			}
 			return nil, nil
 		}}
-		g := sheaf.Group{Route: r, Resolver: ready(3), Limit: 10, NoHedge: true}
+		g := sheaf.Group{Route: by(t, r), Resolver: ready(3), Limit: 10, NoHedge: true}
 		if results, err := drain(t, g.Scatter(t.Context(), blocks)); err != nil || len(results) != 300 {
 			t.Errorf("%d results, error %v", len(results), err)
 		}
@@ -724,7 +747,7 @@ func BenchmarkScatter(b *testing.B) {
 	r := sheaf.RouteFunc(func(_ context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
 		return &sheaf.Reply{From: req.To.ID}, nil
 	})
-	g := sheaf.Group{Route: r, Resolver: ready(16)}
+	g := sheaf.Group{Route: by(b, r), Resolver: ready(16)}
 	b.ReportAllocs()
 	for b.Loop() {
 		for _, err := range g.Scatter(b.Context(), words(1000)) {

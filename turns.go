@@ -49,15 +49,31 @@ type jobInLine struct {
 	calls []chan struct{}
 }
 
-// take waits for a turn, and returns the function that ends it. It fails with
-// the cause of ctx's end.
-func (t *Turns) take(ctx context.Context, req *Request) (done func(), err error) {
-	most := cmp.Or(max(t.PerReplica, 0), DefaultTurnsPerReplica)
-	if req.To.ID == "" {
-		most = cmp.Or(max(t.PerFunction, 0), DefaultTurnsPerFunction)
-	}
-	key := turnKey{req.Function, req.To.ID}
+// turnOf names what a request waits for.
+func turnOf(req *Request) turnKey { return turnKey{req.Function, req.To.ID} }
+
+// try takes a turn if one is free. leave ends it.
+func (t *Turns) try(req *Request) (l *line, ok bool) {
 	t.mu.Lock()
+	defer t.mu.Unlock()
+	l = t.line(turnOf(req))
+	if l.taken >= t.most(req) {
+		return nil, false
+	}
+	l.taken++
+	return l, true
+}
+
+// most is how many requests may be in flight where req goes.
+func (t *Turns) most(req *Request) int {
+	if req.To.ID == "" {
+		return cmp.Or(max(t.PerFunction, 0), DefaultTurnsPerFunction)
+	}
+	return cmp.Or(max(t.PerReplica, 0), DefaultTurnsPerReplica)
+}
+
+// line returns the line for key. t.mu is held.
+func (t *Turns) line(key turnKey) *line {
 	if t.lines == nil {
 		t.lines = make(map[turnKey]*line)
 	}
@@ -66,8 +82,17 @@ func (t *Turns) take(ctx context.Context, req *Request) (done func(), err error)
 		l = new(line)
 		t.lines[key] = l
 	}
+	return l
+}
+
+// take waits for a turn, and returns the function that ends it. It fails with
+// the cause of ctx's end.
+func (t *Turns) take(ctx context.Context, req *Request) (done func(), err error) {
+	key := turnOf(req)
+	t.mu.Lock()
+	l := t.line(key)
 	done = func() { t.leave(key, l) }
-	if l.taken < most {
+	if l.taken < t.most(req) {
 		l.taken++
 		t.mu.Unlock()
 		return done, nil

@@ -129,10 +129,10 @@ func TestSmallJobBesideALargeOne(t *testing.T) {
 func TestTurnsBound(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	synctest.Test(t, func(t *testing.T) {
+	bubble(t, "jobs", func(t *testing.T) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
-		s := &servers{atOnce: 5, takes: 10 * time.Millisecond, rnd: rnd}
-		g := sheaf.Group{Function: "worker", Route: s, Resolver: ready(3), Turns: &sheaf.Turns{PerReplica: 3}}
+		s := &servers{atOnce: 5, takes: 10 * time.Millisecond, rnd: rand.New(rand.NewPCG(seed, 2))}
+		g := sheaf.Group{Function: "worker", Route: by(t, s), Resolver: ready(3), Turns: &sheaf.Turns{PerReplica: 3}}
 		var wg sync.WaitGroup
 		for job := range 40 {
 			ctx, cancel := t.Context(), context.CancelFunc(func() {})

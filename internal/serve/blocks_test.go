@@ -236,36 +236,37 @@ func TestSlowHead(t *testing.T) {
 	t.Parallel()
 	p := newPair(t)
 	t.Cleanup(p.stop)
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	for name, text := range map[string]string{"silent": "", "slow": "POST / HTTP/1.1\r\nHost: x\r\nX: ",
 		"slow after a block": "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\naPOST /"} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			c, err := net.Dial("tcp", p.addr[1])
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-			stop := make(chan struct{})
-			defer close(stop)
-			go func() {
-				_, _ = io.WriteString(c, text)
-				for text != "" {
-					select {
-					case <-time.After(200 * time.Millisecond):
-						_, _ = io.WriteString(c, "a")
-					case <-stop:
-						return
-					}
+		c, err := net.Dial("tcp", p.addr[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		closed := make(chan struct{})
+		wg.Go(func() {
+			_, _ = io.WriteString(c, text)
+			for text != "" {
+				select {
+				case <-time.After(200 * time.Millisecond):
+					_, _ = io.WriteString(c, "a")
+				case <-closed:
+					return
 				}
-			}()
+			}
+		})
+		wg.Go(func() {
+			defer c.Close()
+			defer close(closed)
 			begun := time.Now()
 			_ = c.SetReadDeadline(begun.Add(20 * time.Second))
 			_, err = io.Copy(io.Discard, c)
 			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
-				t.Error("the connection is still open after 20 s")
+				t.Errorf("%s: the connection is still open after 20 s", name)
 			}
 			if took := time.Since(begun); took < 4*time.Second {
-				t.Errorf("it was closed after %v", took)
+				t.Errorf("%s: it was closed after %v", name, took)
 			}
 		})
 	}
