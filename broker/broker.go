@@ -148,6 +148,9 @@ func (m *Message) Ack() (err error) {
 	return nil
 }
 
+// Lasting says whether the bus keeps the message until it has its outcome.
+func (m *Message) Lasting() bool { return m.again != nil }
+
 // Again gives the message back, to be delivered again to anybody of the group.
 // Core NATS takes nothing back: ok is false then, and the message is gone.
 func (m *Message) Again() (ok bool, err error) {

@@ -85,7 +85,7 @@ func (t *topicState) work(ctx context.Context, m *broker.Message) (outcome strin
 func (t *topicState) settle(ctx context.Context, m *broker.Message, set Results) {
 	c := t.c
 	told := c.answer(m, set)
-	if set.Code != "" && (!told || c.Bus.Guarantees().Acks) {
+	if set.Code != "" && (!told || m.Lasting()) {
 		dead := &broker.Message{Topic: m.Topic, Header: m.Header.Clone(), Data: m.Data}
 		if failed := set.failed(); len(failed) > 0 { // a redrive calls only those again
 			names := make([]string, len(failed))
