@@ -32,7 +32,7 @@ type attempt struct {
 func (s *scatter) start(c schedule.Command) {
 	b := s.held[c.Block]
 	a := &attempt{s: s, id: c.Attempt, begun: time.Now(),
-		req: Request{Job: s.g.Job, Function: s.g.Function, Index: c.Block, Attempt: c.Number, Body: b.Data, Saved: b.saved}}
+		req: Request{Job: s.g.Job, Function: s.g.Function, Index: c.Block, Attempt: c.Number, Body: b.Data, Saved: b.saved, Trace: childTrace(s.g.Trace)}}
 	if s.g.Resolver != nil {
 		a.req.To, a.req.Rank, a.req.Size, a.req.Epoch = s.view.Replicas[c.Rank], c.Rank, len(s.view.Replicas), s.view.Epoch
 	}
@@ -80,7 +80,7 @@ func (a *attempt) done(reply *Reply, err error) {
 }
 
 func (a *attempt) ended(reply *Reply, err error) happening {
-	return happening{event: schedule.Event{Kind: schedule.Ended, Attempt: a.id}, reply: reply, took: time.Since(a.begun), err: err}
+	return happening{event: schedule.Event{Kind: schedule.Ended, Attempt: a.id}, reply: reply, took: time.Since(a.begun), trace: a.req.Trace, err: err}
 }
 
 // expire ends the attempts of the starter whose time is over.

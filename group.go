@@ -36,6 +36,9 @@ type Group struct {
 	// Job names the job in every request: up to 64 printable ASCII characters.
 	// "" means a new random name for each call of Scatter, Broadcast or Send.
 	Job string
+	// Trace is W3C's traceparent of the job, of which each attempt is a child.
+	// "" means that nobody traces it.
+	Trace string
 	// Limit is how many blocks are held in memory at once. 0 means 64.
 	Limit int
 	// LimitBytes is how many bytes of blocks are held in memory before reading
@@ -99,6 +102,9 @@ func (g *Group) withDefaults() (Group, error) {
 	}
 	if c.Job == "" {
 		c.Job = NewJob()
+	}
+	if c.Trace != "" && !IsTrace(c.Trace) {
+		return Group{}, fmt.Errorf("trace %.64q must be a traceparent of W3C's trace context, version 00, or empty", c.Trace)
 	}
 	if len(c.Job) > maxJob || strings.ContainsFunc(c.Job, func(r rune) bool { return r <= ' ' || r > '~' }) {
 		return Group{}, fmt.Errorf("job %q must be 1 to %d printable ASCII characters without spaces", c.Job, maxJob)
@@ -279,9 +285,10 @@ func (g *Group) ask(ctx context.Context, view View, rank int, body []byte) (Resu
 			return Result{}, &RankError{Rank: rank, Replica: to.ID, Attempts: n, Err: err}
 		}
 		begun := time.Now()
+		trace := childTrace(g.Trace)
 		reply, err := g.call(ctx, &Request{
 			Job: g.Job, Function: g.Function, Index: rank, Attempt: n,
-			To: to, Rank: rank, Size: len(view.Replicas), Epoch: view.Epoch, Body: body, Saved: saved,
+			To: to, Rank: rank, Size: len(view.Replicas), Epoch: view.Epoch, Body: body, Saved: saved, Trace: trace,
 		})
 		if err == nil && reply.More && n < maxLegs {
 			saved = reply.Body
@@ -293,7 +300,7 @@ func (g *Group) ask(ctx context.Context, view View, rank int, body []byte) (Resu
 		}
 		if err == nil {
 			return Result{Index: rank, Data: reply.Body, From: reply.From, Attempts: n,
-				Elapsed: time.Since(begun), Bytes: len(body), Verified: reply.Verified}, nil
+				Elapsed: time.Since(begun), Bytes: len(body), Verified: reply.Verified, Trace: trace}, nil
 		}
 		if ctx.Err() != nil {
 			return fail(context.Cause(ctx))

@@ -95,7 +95,8 @@ type happening struct {
 	view  *View
 	reply *Reply
 	took  time.Duration
-	err   error // with event.Kind Ended the attempt's; otherwise it ends the scatter
+	trace string // of the attempt that ended
+	err   error  // with event.Kind Ended the attempt's; otherwise it ends the scatter
 }
 
 // inbox holds what has happened until the loop takes it. Nobody waits to put
@@ -318,7 +319,7 @@ func (s *scatter) step(h *happening, yield func(Result, error) bool) (done bool,
 			b := s.release(c.Block)
 			s.missing.Done++
 			result = &Result{Index: c.Block, Data: h.reply.Body, From: h.reply.From, Attempts: c.Number,
-				Elapsed: h.took, Bytes: len(b.Data), Offset: b.Offset, Verified: h.reply.Verified}
+				Elapsed: h.took, Bytes: len(b.Data), Offset: b.Offset, Verified: h.reply.Verified, Trace: h.trace}
 		case schedule.GiveUp:
 			b := s.release(c.Block)
 			s.missing.add(&BlockError{Index: c.Block, Offset: b.Offset, Bytes: len(b.Data), Attempts: c.Number,

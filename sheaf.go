@@ -62,6 +62,7 @@ type Request struct {
 	Size     int     // of the view; 0 when no view is known
 	Epoch    uint64  // of the view
 	Body     []byte  // the block's data; a route must not change or keep it
+	Trace    string  // W3C's traceparent of this attempt; "" when nobody traces the job
 	// Saved is what the handler saved of its work at this block when it was
 	// called for it before; empty at first.
 	Saved []byte
@@ -156,4 +157,5 @@ type Result struct {
 	Bytes    int           // length of the block that was sent
 	Offset   int64         // of the block in the input, in bytes
 	Verified bool          // a digest proved Data whole
+	Trace    string        // W3C's traceparent of the attempt that answered; "" without one
 }

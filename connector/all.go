@@ -27,7 +27,7 @@ func (c *Connector) toAll(ctx context.Context, m *broker.Message, b Binding, id 
 	group := sheaf.Group{
 		Function: b.Function, Resolver: c.Resolver, Timeout: c.Timeout, Attempts: c.Attempts,
 		Route: sheaf.RouteFunc(func(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
-			h := c.header(m, id)
+			h := c.header(ctx, m, id)
 			for line := range strings.Lines(string(wire.Seal(req, time.Now()).Append(nil))) {
 				name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
 				h[name] = []string{value}

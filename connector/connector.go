@@ -11,17 +11,23 @@ package connector
 import (
 	"context"
 	"log/slog"
+	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/trace/noop"
 
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/broker"
 	"github.com/sheaf-project/sheaf/internal/wire"
 	"github.com/sheaf-project/sheaf/topic"
+	"github.com/sheaf-project/sheaf/tracing"
 )
 
 // Defaults of a [Connector].
@@ -79,6 +85,10 @@ type Connector struct {
 
 	PrintResponse, PrintBody, PrintSync bool
 	Log                                 *slog.Logger // nil means slog.Default
+	// Tracer records a span for each message, each call and each block of the
+	// route topic. Nil records nothing; W3C's trace context is passed on in any
+	// case.
+	Tracer trace.Tracer
 
 	caller  *wire.Caller
 	metrics *metrics
@@ -120,6 +130,9 @@ func (c *Connector) withDefaults() {
 	if c.Log == nil {
 		c.Log = slog.Default()
 	}
+	if c.Tracer == nil {
+		c.Tracer = noop.NewTracerProvider().Tracer("")
+	}
 }
 
 // Open opens the bus. It waits until NATS is there, and fails only when ctx ends
@@ -151,7 +164,7 @@ func (c *Connector) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { c.redrives(ctx) })
-	blocks := &topic.Server{Conn: c.Conn, Gateway: c.Gateway, Grace: c.Grace, Log: c.Log, Observe: c.routed}
+	blocks := &topic.Server{Conn: c.Conn, Gateway: c.Gateway, Grace: c.Grace, Log: c.Log, Begin: c.routed}
 	wg.Go(func() {
 		if err := blocks.Run(ctx); err != nil {
 			c.Log.Error("blocks of the route topic cannot be taken", "err", err)
@@ -272,11 +285,22 @@ func (c *Connector) redrives(ctx context.Context) {
 	}
 }
 
-// routed counts a block of the route topic.
-func (c *Connector) routed(outcome string, in, out int) {
-	c.metrics.blocks.WithLabelValues(outcome).Inc()
-	c.metrics.bytes.WithLabelValues("in").Add(float64(in))
-	c.metrics.bytes.WithLabelValues("out").Add(float64(out))
+// routed counts and traces a block of the route topic.
+func (c *Connector) routed(ctx context.Context, function string, header http.Header) func(string, int, int) {
+	ctx, span := c.Tracer.Start(tracing.Extract(ctx, header.Get), "block "+function, trace.WithSpanKind(trace.SpanKindClient),
+		trace.WithAttributes(attribute.String("sheaf.job", header.Get(wire.Job)), attribute.String("sheaf.block", header.Get(wire.Block)),
+			attribute.String("sheaf.attempt", header.Get(wire.Attempt))))
+	tracing.Inject(ctx, header.Set)
+	return func(outcome string, in, out int) {
+		if outcome != outcomeOK {
+			span.SetStatus(codes.Error, outcome)
+		}
+		span.SetAttributes(attribute.Int("sheaf.bytes.in", in), attribute.Int("sheaf.bytes.out", out))
+		span.End()
+		c.metrics.blocks.WithLabelValues(outcome).Inc()
+		c.metrics.bytes.WithLabelValues("in").Add(float64(in))
+		c.metrics.bytes.WithLabelValues("out").Add(float64(out))
+	}
 }
 
 // Ready says why messages do not call functions at present, or nil.

@@ -17,10 +17,14 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/broker"
 	"github.com/sheaf-project/sheaf/internal/wire"
+	"github.com/sheaf-project/sheaf/tracing"
 )
 
 // topicState is what bounds one topic.
@@ -38,7 +42,15 @@ func (t *topicState) handle(ctx context.Context, m *broker.Message) {
 	c := t.c
 	begun := time.Now()
 	c.metrics.inflight.WithLabelValues(t.name).Inc()
+	ctx, span := c.Tracer.Start(tracing.Extract(ctx, m.Header.Get), "message "+t.name, trace.WithSpanKind(trace.SpanKindConsumer),
+		trace.WithAttributes(attribute.String("messaging.system", "nats"), attribute.String("messaging.destination.name", m.Topic),
+			attribute.Int("messaging.message.body.size", len(m.Data))))
 	outcome := t.work(ctx, m)
+	if outcome == outcomeFailed {
+		span.SetStatus(codes.Error, outcome)
+	}
+	span.SetAttributes(attribute.String("sheaf.outcome", outcome))
+	span.End()
 	c.metrics.inflight.WithLabelValues(t.name).Dec()
 	c.metrics.messages.WithLabelValues(t.name, outcome).Inc()
 	c.metrics.handling.WithLabelValues(t.name).Observe(time.Since(begun).Seconds())
@@ -224,6 +236,9 @@ func (c *Connector) attempt(ctx context.Context, m *broker.Message, b Binding, i
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
 	begun := time.Now()
+	ctx, span := c.Tracer.Start(ctx, "call "+b.Function, trace.WithSpanKind(trace.SpanKindClient),
+		trace.WithAttributes(attribute.String("sheaf.function", b.Function), attribute.Int("sheaf.attempt", r.Attempts)))
+	defer span.End()
 	err := func() error {
 		if b.All {
 			return c.toAll(ctx, m, b, id, r)
@@ -232,7 +247,7 @@ func (c *Connector) attempt(ctx context.Context, m *broker.Message, b Binding, i
 		if c.Async {
 			path = "/async-function/"
 		}
-		got, err := c.caller.Pass(ctx, strings.TrimSuffix(c.Gateway, "/")+path+url.PathEscape(b.Function), c.header(m, id), m.Data)
+		got, err := c.caller.Pass(ctx, strings.TrimSuffix(c.Gateway, "/")+path+url.PathEscape(b.Function), c.header(ctx, m, id), m.Data)
 		if err != nil {
 			if ce, ok := errors.AsType[*sheaf.CallError](err); ok {
 				r.Status, r.Replica = ce.Status, ce.From
@@ -248,6 +263,7 @@ func (c *Connector) attempt(ctx context.Context, m *broker.Message, b Binding, i
 	c.metrics.seconds.WithLabelValues(b.Function).Observe(took.Seconds())
 	outcome := outcomeOK
 	if err != nil {
+		span.SetStatus(codes.Error, err.Error())
 		fault, _ := faultOf(err)
 		outcome = strings.ReplaceAll(fault.String(), " ", "_")
 	}
@@ -279,7 +295,7 @@ func travels(name string) bool {
 }
 
 // header makes the headers of a call from those of a message.
-func (c *Connector) header(m *broker.Message, id string) http.Header {
+func (c *Connector) header(ctx context.Context, m *broker.Message, id string) http.Header {
 	h := http.Header{}
 	for name, values := range m.Header {
 		if !travels(name) || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, r) }) {
@@ -300,6 +316,7 @@ func (c *Connector) header(m *broker.Message, id string) http.Header {
 	h.Set("X-Topic", m.Topic)
 	h.Set("X-Connector", "sheaf")
 	h.Set("User-Agent", "sheaf-connector")
+	tracing.Inject(ctx, h.Set)
 	return h
 }
 

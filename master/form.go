@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -340,6 +341,9 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 		return func(yield func(sheaf.Result, error) bool) {
 			for r, err := range results {
 				note()
+				if err == nil && j.traced() {
+					out.json("block", tracedBlock{r.Index, r.Offset, r.Bytes, r.From, r.Attempts, inMilliseconds(r.Elapsed), r.Trace})
+				}
 				if !yield(r, err) {
 					return
 				}
@@ -369,11 +373,28 @@ func (j *job) events(ctx context.Context, w http.ResponseWriter) {
 	out.json("done", j.summary(lacks))
 }
 
-// eventWriter writes server-sent events (WHATWG HTML, section 9.2). It is used
-// by one goroutine at a time.
+// tracedBlock is the data of a block event, by which whoever traces the job can
+// make a span of each block. The master sends no spans itself.
+type tracedBlock struct {
+	Block    int     `json:"block"`
+	Offset   int64   `json:"offset"`
+	Bytes    int     `json:"bytes"`
+	Replica  string  `json:"replica"`
+	Attempts int     `json:"attempts"`
+	Elapsed  float64 `json:"elapsed_ms"`
+	Trace    string  `json:"traceparent"` // of the attempt that answered
+}
+
+// traced says whether whoever asked records the job's trace.
+func (j *job) traced() bool { return strings.HasSuffix(j.group.Trace, "-01") }
+
+// eventWriter writes server-sent events (WHATWG HTML, section 9.2), one after
+// another.
 type eventWriter struct {
 	w       io.Writer
 	control *http.ResponseController
+
+	mu sync.Mutex // held while an event is written
 }
 
 // report sends what now points to, made fresh, as progress events: at once,
@@ -411,6 +432,8 @@ func (e *eventWriter) json(name string, v any) {
 
 // event writes one event; each line of the data gets a field of its own.
 func (e *eventWriter) event(name string, data func(io.Writer) error) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	_, _ = fmt.Fprintf(e.w, "event: %s\n", name) // an error of w comes again
 	err := data(&dataWriter{w: e.w, start: true})
 	_, _ = io.WriteString(e.w, "\n")

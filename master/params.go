@@ -292,6 +292,9 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	if p != nil {
 		return nil, p
 	}
+	if t := r.Header.Get(wire.Trace); sheaf.IsTrace(t) {
+		j.group.Trace = t
+	}
 	h.atLeast(r.Context(), j)
 	return j, nil
 }

@@ -40,6 +40,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"gateway":  {own: []string{"", "internal/wire"}, modules: []string{"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk"}},
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},
 	"kube":     {own: []string{""}, modules: []string{"github.com/go-logr/logr", "k8s.io/api", "k8s.io/apimachinery", "k8s.io/client-go", "k8s.io/klog/v2"}},
+	"tracing":  {modules: []string{"go.opentelemetry.io/otel", "go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/trace"}},
 	"topic":    {own: []string{"", "internal/wire"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid"}},
 	"broker":   {own: []string{"internal/login"}, modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/nats-io/stan.go"}},
 
@@ -48,9 +49,9 @@ var rooms = map[string]struct{ own, modules []string }{
 	// What wires adapters together.
 	"master": {own: []string{"", "direct", "gateway", "internal/login", "internal/serve", "internal/wire", "job", "registry", "topic"},
 		modules: []string{"github.com/nats-io/nats.go"}},
-	"connector": {own: []string{"", "broker", "internal/wire", "topic"},
+	"connector": {own: []string{"", "broker", "internal/wire", "topic", "tracing"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
-			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang"}},
+			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang", "go.opentelemetry.io/otel", "go.opentelemetry.io/otel/trace"}},
 	"local": {own: []string{"", "gateway", "internal/login", "internal/wire", "registry"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/nats-io/nkeys", "github.com/openfaas/faas-provider"}},
 
@@ -61,10 +62,10 @@ var rooms = map[string]struct{ own, modules []string }{
 	"functions/wordcount": {own: []string{""}},
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},
 	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},
-	"cmd/connector": {own: []string{"broker", "connector", "gateway", "internal/serve", "internal/wire", "kube", "registry"},
+	"cmd/connector": {own: []string{"broker", "connector", "gateway", "internal/serve", "internal/wire", "kube", "registry", "tracing"},
 		modules: []string{"github.com/nats-io/nats.go"}},
-	"cmd/sheaf": {own: []string{"", "broker", "connector", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
-		modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider", "golang.org/x/term", "gopkg.in/yaml.v3"}},
+	"cmd/sheaf": {own: []string{"", "broker", "connector", "tracing", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
+		modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider", "go.opentelemetry.io/otel", "go.opentelemetry.io/otel/trace", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},
 }
 

@@ -138,7 +138,6 @@ func wait(t testing.TB, url string) {
 func TestRoute(t *testing.T) {
 	for name, payload := range map[string]int32{"parts of 1 MiB": 0, "parts of 4 KiB": 20 << 10} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			routetest.Run(t, func(t *testing.T, to string) (sheaf.Route, sheaf.Replica) {
 				url := startNATS(t, payload)
 				serve(t, url, front(t, to))

@@ -37,10 +37,11 @@ type Server struct {
 	Limit    int           // calls at once, beyond which callers are told to wait; 0 means 256
 	MaxBlock int           // bytes; 0 means 128 MiB
 	Grace    time.Duration // for calls to end when Run ends; 0 means 30 seconds
-	// Observe is told of each call: its outcome ("ok", "refused" or "broken"),
-	// and the bytes of block and result. Nil means nobody.
-	Observe func(outcome string, in, out int)
-	Log     *slog.Logger // nil means slog.Default
+	// Begin is told of each call that begins, with the headers that it will have,
+	// which it may change. What it returns is told how the call ended: "ok",
+	// "refused" or "broken", with the bytes of block and result. Nil means nobody.
+	Begin func(ctx context.Context, function string, header http.Header) (end func(outcome string, in, out int))
+	Log   *slog.Logger // nil means slog.Default
 
 	http  *http.Client
 	inbox string
@@ -77,8 +78,8 @@ func (s *Server) Run(ctx context.Context) error {
 	if s.Log == nil {
 		s.Log = slog.Default()
 	}
-	if s.Observe == nil {
-		s.Observe = func(string, int, int) {}
+	if s.Begin == nil {
+		s.Begin = func(context.Context, string, http.Header) func(string, int, int) { return func(string, int, int) {} }
 	}
 	s.http, s.inbox, s.slots, s.calls = wire.NewHTTP(s.Limit), s.Conn.NewInbox(), make(chan struct{}, s.Limit), map[string]*call{}
 	defer s.http.CloseIdleConnections()
@@ -162,7 +163,7 @@ func (s *Server) Run(ctx context.Context) error {
 
 // busy tells a caller to wait.
 func (s *Server) busy(m *nats.Msg) {
-	s.Observe("refused", 0, 0)
+	s.Begin(context.Background(), strings.TrimPrefix(m.Subject, Calls), http.Header(m.Header))("refused", 0, 0)
 	answer := frame(m.Reply, frameAnswer, []byte("the connector works on as many blocks as it may"))
 	answer.Header.Set(headerStatus, strconv.Itoa(http.StatusTooManyRequests))
 	answer.Header.Set(wire.RetryMS, "50")
@@ -204,12 +205,13 @@ func (s *Server) serve(ctx context.Context, m *nats.Msg) {
 			}
 		}
 	})
+	end := s.Begin(ctx, strings.TrimPrefix(m.Subject, Calls), http.Header(m.Header))
 	in, out, err := c.work(ctx, m)
 	if err == nil {
-		s.Observe("ok", in, out)
+		end("ok", in, out)
 		return
 	}
-	s.Observe("broken", in, out)
+	end("broken", in, out)
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}

@@ -67,6 +67,7 @@ type Call struct {
 	Rank    int    // of this replica in the caller's view, from 0
 	Size    int    // of that view; 0 when the caller had none
 	Epoch   uint64 // of that view
+	Trace   string // W3C's traceparent, to be handed on to whom the Func calls; "" without one
 }
 
 type callKey struct{}
@@ -278,7 +279,7 @@ func (h *Handler) work(parent context.Context, a serve.Admission, header http.He
 			fmt.Sprintf("the block arrived damaged: %v; send it again", err))
 	}
 	e := a.Envelope
-	what := call{Call: Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch}}
+	what := call{Call: Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch, Trace: e.Trace}}
 	what.saved, data = data[:e.Saved:e.Saved], data[e.Saved:]
 	ctx := context.WithValue(parent, callKey{}, what)
 	limit := e.Left

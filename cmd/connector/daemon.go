@@ -27,6 +27,7 @@ import (
 	"github.com/sheaf-project/sheaf/internal/wire"
 	"github.com/sheaf-project/sheaf/kube"
 	"github.com/sheaf-project/sheaf/registry"
+	"github.com/sheaf-project/sheaf/tracing"
 )
 
 func main() {
@@ -61,13 +62,14 @@ type daemon struct {
 	password  string
 	delimiter string
 	log       *slog.Logger
+	getenv    func(string) string
 }
 
 // read reads the environment.
 func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*daemon, error) {
 	v := serve.Vars{Getenv: getenv}
 	c := connector.NewConnector()
-	d := &daemon{connector: c, log: slog.Default()}
+	d := &daemon{connector: c, log: slog.Default(), getenv: getenv}
 	expected := func(name, value, what string) error {
 		return fmt.Errorf("environment variable %s is %q; expected %s", name, wire.Cut(value), what)
 	}
@@ -194,7 +196,12 @@ func (d *daemon) run(ctx context.Context) error {
 		return fmt.Errorf("environment variable broker_host: %w", err)
 	}
 	defer nc.Close()
-	c.Conn = nc
+	tracer, flush, err := tracing.Open(ctx, d.getenv, "sheaf-connector", "", d.log)
+	if err != nil {
+		return err
+	}
+	defer flush()
+	c.Conn, c.Tracer = nc, tracer
 	c.Lookup = connector.NewLookup(c.Gateway, d.delimiter, d.user, d.password)
 	defer c.Lookup.Close()
 	views := nc

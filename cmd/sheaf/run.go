@@ -18,10 +18,15 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/sheaf-project/sheaf"
 	"github.com/sheaf-project/sheaf/gateway"
 	"github.com/sheaf-project/sheaf/local"
 	"github.com/sheaf-project/sheaf/master"
+	"github.com/sheaf-project/sheaf/tracing"
 )
 
 // jobFlags are the flags of run.
@@ -146,12 +151,21 @@ func runJob(ctx context.Context, args []string, s std) error {
 		}
 		defer client.Close()
 	}
-	job := &jobRun{flags: j, std: s, client: client, base: strings.TrimSuffix(base, "/"), size: size, bar: newBar(s.err)}
+	tracer, flush, err := tracing.Open(ctx, os.Getenv, "sheaf", version, logger(s.err, j.verbose))
+	if err != nil {
+		return usageError{err}
+	}
+	defer flush()
+	ctx, span := tracer.Start(ctx, "sheaf run", trace.WithTimestamp(begun), trace.WithAttributes(attribute.String("sheaf.route", j.route)))
+	defer span.End()
+	job := &jobRun{tracer: tracer, flags: j, std: s, client: client, base: strings.TrimSuffix(base, "/"), size: size, bar: newBar(s.err)}
 	sum, err := job.post(ctx, input)
 	job.bar.clear()
 	if err != nil {
+		span.SetStatus(codes.Error, err.Error())
 		return changed(err, input, size)
 	}
+	span.SetAttributes(attribute.Int("sheaf.blocks", sum.Blocks), attribute.Int("sheaf.replicas", sum.Replicas))
 	total := time.Since(begun)
 	work := time.Duration(sum.Elapsed * float64(time.Millisecond))
 	fmt.Fprintf(s.err, "%s of up to %s on %s: %v in all, of which scatter-gather %v, start-up %v%s\n",
@@ -206,6 +220,7 @@ type jobRun struct {
 	bar    *bar
 	gate   *gate
 	note   string // for the summary
+	tracer trace.Tracer
 }
 
 // jobSummary is what the master tells at the end.
@@ -258,6 +273,7 @@ func (j *jobRun) post(ctx context.Context, input io.Reader) (jobSummary, error) 
 	}
 	req.Header.Set("Content-Type", "application/octet-stream")
 	req.Header.Set("Accept", accept)
+	tracing.Inject(ctx, req.Header.Set)
 	transport := &http.Transport{DisableCompression: true}
 	defer transport.CloseIdleConnections()
 	resp, err := (&http.Client{Transport: transport}).Do(req)
@@ -346,6 +362,8 @@ func (j *jobRun) follow(ctx context.Context, body io.Reader) (jobSummary, error)
 		switch event {
 		case "progress":
 			j.progress(ctx, data)
+		case "block":
+			j.record(ctx, data)
 		case "result":
 			j.bar.clear()
 			if err := out.Flush(); err != nil {
@@ -379,6 +397,27 @@ func (j *jobRun) progress(ctx context.Context, data []byte) {
 		j.killSome(ctx, p.Bytes)
 		j.gate.open()
 	}
+}
+
+// record records the span of a block, which the master tells of when the job is
+// traced: its clock need not agree with ours, so the span ends now.
+func (j *jobRun) record(ctx context.Context, data []byte) {
+	var b struct {
+		Block    int     `json:"block"`
+		Offset   int64   `json:"offset"`
+		Bytes    int     `json:"bytes"`
+		Replica  string  `json:"replica"`
+		Attempts int     `json:"attempts"`
+		Elapsed  float64 `json:"elapsed_ms"`
+		Trace    string  `json:"traceparent"`
+	}
+	if json.Unmarshal(data, &b) != nil {
+		return // a newer master may say it otherwise
+	}
+	now := time.Now()
+	tracing.Record(ctx, j.tracer, fmt.Sprintf("block %d", b.Block), b.Trace, now.Add(-time.Duration(b.Elapsed*float64(time.Millisecond))), now,
+		attribute.Int("sheaf.block", b.Block), attribute.Int64("sheaf.offset", b.Offset), attribute.Int("sheaf.bytes", b.Bytes),
+		attribute.String("sheaf.replica", b.Replica), attribute.Int("sheaf.attempts", b.Attempts))
 }
 
 // killSome ends replicas of the worker as kill -9 does: of those that there are

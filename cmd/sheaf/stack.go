@@ -22,6 +22,7 @@ import (
 	"github.com/sheaf-project/sheaf/broker"
 	"github.com/sheaf-project/sheaf/connector"
 	"github.com/sheaf-project/sheaf/local"
+	"github.com/sheaf-project/sheaf/tracing"
 )
 
 // functionCommand is the hidden command that runs a function in this binary.
@@ -97,9 +98,17 @@ func (st *stack) connect(auth local.Auth, log *slog.Logger) error {
 	c.Lookup = connector.NewLookup(st.URL, ",", auth.User, auth.Password)
 	c.Rebuild, c.Grace = time.Second, 2*time.Second
 	ctx, stop := context.WithCancel(context.Background())
+	tracer, flush, err := tracing.Open(ctx, os.Getenv, "sheaf-connector", version, log)
+	if err != nil {
+		stop()
+		nc.Close()
+		return usageError{err}
+	}
+	c.Tracer = tracer
 	st.connector, st.nats, st.stop = c, nc, stop
 	st.wg.Go(func() {
 		defer c.Lookup.Close()
+		defer flush()
 		if c.Open(ctx, broker.Config{Grace: c.Grace, Log: log}) == nil { // else the stack ends
 			c.Run(ctx)
 			c.Bus.Close()

@@ -34,6 +34,7 @@ const (
 	Replica  = "Sheaf-Replica"  // in an answer: the ID of the replica that gave it
 	Saved    = "Sheaf-Saved"    // bytes at the start of the body that the handler saved; 0 says that it may
 	Digest   = "Content-Digest" // RFC 9530, sha-256 over the whole body, both ways
+	Trace    = "Traceparent"    // W3C's trace context of the attempt
 	Code     = "Sheaf-Code"     // in a refusal: the code of its problem body
 	RetryMS  = "Sheaf-Retry"    // milliseconds, beside Retry-After, which counts seconds
 )
@@ -81,6 +82,7 @@ type Envelope struct {
 	Rank     int
 	Size     int // 0 when the sender knew no view
 	Epoch    uint64
+	Trace    string        // W3C's traceparent; "" without one
 	Left     time.Duration // until the deadline; 0 when there is none
 	Saved    int           // bytes at the start of the body that the handler saved before
 	MaySave  bool          // the sender takes an answer that is not the last
@@ -88,7 +90,7 @@ type Envelope struct {
 
 // Seal returns the envelope of req at the given time.
 func Seal(req *sheaf.Request, now time.Time) Envelope {
-	e := Envelope{Job: req.Job, Block: req.Index, Attempt: req.Attempt, Rank: req.Rank, Size: req.Size, Epoch: req.Epoch}
+	e := Envelope{Job: req.Job, Block: req.Index, Attempt: req.Attempt, Rank: req.Rank, Size: req.Size, Epoch: req.Epoch, Trace: req.Trace}
 	if req.To.ID != "" {
 		e.Function, e.Replica = req.Function, req.To.ID
 	}
@@ -112,6 +114,9 @@ func (e Envelope) Append(b []byte) []byte {
 		b = appendNumber(b, Rank, uint64(e.Rank))
 		b = appendNumber(b, Size, uint64(e.Size))
 		b = appendNumber(b, Epoch, e.Epoch)
+	}
+	if e.Trace != "" {
+		b = appendField(b, Trace, e.Trace)
 	}
 	if ms := e.left(); ms > 0 {
 		b = appendNumber(b, Deadline, uint64(ms))
@@ -169,6 +174,9 @@ func Open(h http.Header) (Envelope, error) {
 	}
 	if e.Size > 0 && e.Rank >= e.Size {
 		return Envelope{}, fmt.Errorf("header %s is %d, and must be below %s, which is %d", Rank, e.Rank, Size, e.Size)
+	}
+	if t := h.Get(Trace); sheaf.IsTrace(t) { // as W3C has it, what is none is as if it were not there
+		e.Trace = t
 	}
 	if to := h.Get(To); to != "" {
 		function, replica, ok := strings.Cut(to, "/")
