@@ -308,7 +308,9 @@ func TestTwoShareTheLoad(t *testing.T) {
 func TestTraceContextIsPassedOn(t *testing.T) {
 	onAll(t, func(t *testing.T, r *rig) {
 		const parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-		r.bind("f", "words", func(w http.ResponseWriter, req *http.Request) { _, _ = io.WriteString(w, req.Header.Get("Traceparent")) })
+		r.bind("f", "words", func(w http.ResponseWriter, req *http.Request) {
+			_, _ = io.WriteString(w, req.Header.Get("Traceparent"))
+		})
 		r.connect()
 		if m := r.ask("words", "x", "traceparent", parent); string(m.Data) != parent {
 			t.Errorf("the function saw the trace %q", m.Data)
