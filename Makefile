@@ -57,7 +57,8 @@ template: ## Write the template's go.mod and go.sum anew
 	go test ./test -run TestTemplateIsTidy -update -count=1
 
 proxy: ## Serve this checkout as a published module; eval "$(make -s proxy)"
-	@go test ./test -run TestWriteProxy -proxy "$$(go env GOPATH)/sheaf" -count=1 -v | grep ^export
+	@unset GOPROXY GOMODCACHE GOFLAGS GONOSUMDB; \
+	go test ./test -run TestWriteProxy -proxy "$$(go env GOPATH)/sheaf$(CURDIR)" -count=1 -v | grep ^export
 
 worker: ## Build the worker as for an image, and print its size
 	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o bin/worker ./functions/worker
