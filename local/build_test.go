@@ -389,6 +389,11 @@ func TestBuilderAPIRefuses(t *testing.T) {
 		{"too long", nil, func(r *http.Request) {
 			r.ContentLength = 128<<20 + 1
 			r.Body = io.NopCloser(io.LimitReader(zeros{}, r.ContentLength))
+			r.Header.Set("Expect", "100-continue") // or the answer may come while it is sent
+		}, 413, "over the limit of 134217728 bytes"},
+		{"too long, and the length is not told", nil, func(r *http.Request) {
+			r.ContentLength = -1
+			r.Body = io.NopCloser(io.LimitReader(zeros{}, 128<<20+1))
 		}, 413, "over the limit of 134217728 bytes"},
 		{"from a web page", good, header("Origin", "http://example.com"), 403, "foreign_host"},
 		{"by another name", good, func(r *http.Request) { r.Host = "evil.example.com" }, 403, "foreign_host"},
