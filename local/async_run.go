@@ -177,6 +177,9 @@ func (a *asyncQueue) retry(function string) (r Retry, known bool, err error) {
 		notes = *f.spec.Annotations
 	}
 	p.mu.Unlock()
+	if a.front.Community { // which knows no such annotations
+		return a.cfg.Retry, f != nil, nil
+	}
 	r, err = a.cfg.Retry.annotated(notes)
 	return r, f != nil, err
 }

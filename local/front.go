@@ -41,6 +41,9 @@ type Front struct {
 	Version string
 	// Auth is who may use /system/...; the zero value lets everybody.
 	Auth Auth
+	// Community keeps within what OpenFaaS's Community Edition allows: replicas
+	// from 1 to 5, 15 functions, no labels of other editions, one topic.
+	Community bool
 	// StartWait is how long a call waits for a first ready replica; 0 means
 	// 30 seconds.
 	StartWait time.Duration
@@ -230,9 +233,16 @@ func body(w http.ResponseWriter, r *http.Request, v any) (ok bool) {
 
 func (f *Front) deploy(w http.ResponseWriter, r *http.Request, create bool) {
 	var spec types.FunctionDeployment
-	if body(w, r, &spec) {
-		settle(w, f.Provider.Deploy(spec, create))
+	if !body(w, r, &spec) {
+		return
 	}
+	if f.Community {
+		if p := f.Provider.beyond(spec); p != nil {
+			p.Write(w)
+			return
+		}
+	}
+	settle(w, f.Provider.Deploy(spec, create))
 }
 
 func (f *Front) delete(w http.ResponseWriter, r *http.Request) {
@@ -294,8 +304,12 @@ func (f *Front) invocations(w http.ResponseWriter, r *http.Request) {
 func (f *Front) scale(w http.ResponseWriter, r *http.Request) {
 	var req types.ScaleServiceRequest
 	name, here := name(r)
+	read := body(w, r, &req)
+	if f.Community { // as its gateway does, in silence
+		req.Replicas = min(max(req.Replicas, 1), communityReplicas)
+	}
 	switch {
-	case !body(w, r, &req):
+	case !read:
 	case !here || req.Namespace != "" && req.Namespace != Namespace:
 		f.Provider.unknown(r.PathValue("name")).Write(w)
 	default:

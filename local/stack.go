@@ -72,6 +72,10 @@ type Config struct {
 	// scaled through it, with the login that Auth is. "" means that there is
 	// none.
 	Gateway string
+	// Community keeps the stack within what OpenFaaS's Community Edition allows:
+	// see Front.Community. Where Async does not say, its queue takes 256,000
+	// bytes, makes one call of a function at a time, and tries nothing again.
+	Community bool
 	// Async says how asynchronous calls are made.
 	Async AsyncConfig
 	// Build says how functions are built.
@@ -88,6 +92,9 @@ type Config struct {
 func Start(cfg Config) (_ *Stack, err error) {
 	if err := cfg.Auth.validate(); err != nil {
 		return nil, err
+	}
+	if cfg.Community {
+		cfg.Async = cfg.Async.community()
 	}
 	s := &Stack{log: cfg.Log, errs: make(chan error, 2)}
 	if s.log == nil {
@@ -128,7 +135,7 @@ func Start(cfg Config) (_ *Stack, err error) {
 	}
 	s.Front.builder, s.BuildSecretFile = build, secret
 	s.Provider.command, s.Provider.prepare = build.command, build.prepare
-	s.Front.Healthy, s.Front.Auth = cfg.Healthy, cfg.Auth
+	s.Front.Healthy, s.Front.Auth, s.Front.Community = cfg.Healthy, cfg.Auth, cfg.Community
 	s.http = &http.Server{Handler: s.Front, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 3 * time.Minute,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
 	if err := s.startNATS(); err != nil {

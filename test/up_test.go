@@ -152,3 +152,66 @@ func TestUpCallbacks(t *testing.T) {
 		}
 	}
 }
+
+// With --community, what OpenFaaS's Community Edition refuses is refused, and
+// what it cuts down is.
+func TestUpCommunity(t *testing.T) {
+	_, url := startUp(t, "--port", "0", "--workers", "1", "--community")
+	in := text(41, 300_000)
+	for _, size := range []int{256_000, 256_001} {
+		status, said := ask(t, "POST", url+"/async-function/master", in[:size])
+		if want := map[int]int{256_000: http.StatusAccepted, 256_001: http.StatusRequestEntityTooLarge}[size]; status != want ||
+			size > 256_000 && !strings.Contains(said, "over 256000 bytes") {
+			t.Errorf("%d bytes: %d %s", size, status, said)
+		}
+	}
+	// 35 replicas are 5, 0 are 1, and a job that asks for 35 is right.
+	replicas := func(want int) {
+		t.Helper()
+		for begun := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+			_, said := ask(t, "GET", url+"/system/function/worker", "")
+			if strings.Contains(said, fmt.Sprintf(`"replicas":%d,"availableReplicas":%d,`, want, want)) {
+				return
+			}
+			if time.Since(begun) > 20*time.Second {
+				t.Fatalf("not %d replicas: %s", want, said)
+			}
+		}
+	}
+	for asked, want := range map[int]int{35: 5, 0: 1} {
+		if status, said := ask(t, "POST", url+"/system/scale-function/worker", fmt.Sprintf(`{"replicas":%d}`, asked)); status != http.StatusAccepted {
+			t.Fatal(status, said)
+		}
+		replicas(want)
+	}
+	if status, said := ask(t, "POST", url+"/function/master?workers=35&block=1KiB", in); status != http.StatusOK || said != sequential(in) {
+		t.Errorf("a job that asks for 35 workers: %d, right answer %v", status, said == sequential(in))
+	}
+	replicas(5)
+	for more, says := range map[string]string{
+		`"labels":{"com.openfaas.scale.max":"6"}`:         "com.openfaas.scale.max is 6, over 5",
+		`"labels":{"com.openfaas.scale.zero":"true"}`:     "com.openfaas.scale.zero is set",
+		`"labels":{"com.openfaas.scale.type":"rps"}`:      "com.openfaas.scale.type is set",
+		`"annotations":{"topic":"a,b"}`:                   "more than one topic",
+		`"labels":{"com.openfaas.scale.min":"5"}`:         "",
+		`"annotations":{"topic":"a"}`:                     "",
+		`"labels":{"com.openfaas.scale.min":"3","a":"b"}`: "",
+	} {
+		status, said := ask(t, "POST", url+"/system/functions", `{"service":"other","image":"sheaf/worker",`+more+`}`)
+		if says == "" && status != http.StatusAccepted || says != "" && (status != http.StatusBadRequest || !strings.Contains(said, says) || !strings.Contains(said, "community_limit")) {
+			t.Errorf("%s: %d %s", more, status, said)
+		}
+	}
+	for n := 4; n <= 16; n++ { // beside master, worker and other
+		status, said := ask(t, "POST", url+"/system/functions", fmt.Sprintf(`{"service":"f%d","image":"sheaf/worker"}`, n))
+		if want := map[bool]int{true: http.StatusBadRequest, false: http.StatusAccepted}[n > 15]; status != want {
+			t.Errorf("function %d: %d %s", n, status, said)
+		}
+	}
+	if status, said := ask(t, "PUT", url+"/system/functions", `{"service":"f4","image":"sheaf/worker"}`); status != http.StatusAccepted {
+		t.Errorf("a change of one of 15: %d %s", status, said)
+	}
+	if got := cli(t, "", "up", "--port", "0", "--community", "--workers", "6"); got.code != 2 || !strings.Contains(got.err, "from 1 to 5") {
+		t.Errorf("6 workers: %+v", got)
+	}
+}

@@ -37,8 +37,12 @@ const (
 // masterTopic is the topic that calls the master.
 const masterTopic = "words"
 
-// maxWorkers is how many worker replicas the local stack runs at most.
-const maxWorkers = local.MaxReplicas
+// maxWorkers is how many worker replicas the local stack runs at most, and
+// maxCommunity with --community.
+const (
+	maxWorkers   = local.MaxReplicas
+	maxCommunity = 5
+)
 
 // defaultWorkers is how many worker replicas run when nobody says: enough to
 // have something to scatter over.
@@ -156,7 +160,7 @@ func start(ctx context.Context, cfg local.Config, orAny bool, workers int, s std
 	if err != nil {
 		return nil, err
 	}
-	if err := st.deploy(ctx, workers); err != nil {
+	if err := st.deploy(ctx, workers, most(cfg.Community)); err != nil {
 		st.Close()
 		return nil, err
 	}
@@ -178,7 +182,7 @@ func logger(w io.Writer, verbose bool) *slog.Logger {
 
 // deploy deploys master and worker. One that is there, because the stack was
 // here before, stays as it is, but for the number of workers.
-func (st *stack) deploy(ctx context.Context, workers int) error {
+func (st *stack) deploy(ctx context.Context, workers, most int) error {
 	there := map[string]bool{}
 	for _, f := range st.Provider.Functions() {
 		there[f.Name] = true
@@ -189,7 +193,7 @@ func (st *stack) deploy(ctx context.Context, workers int) error {
 		}
 	}
 	labels := func(least int) *map[string]string {
-		return &map[string]string{local.LabelMin: fmt.Sprint(least), local.LabelMax: fmt.Sprint(maxWorkers)}
+		return &map[string]string{local.LabelMin: fmt.Sprint(least), local.LabelMax: fmt.Sprint(most)}
 	}
 	for _, spec := range []types.FunctionDeployment{{
 		Service: "master", Image: masterImage, Labels: labels(1), Annotations: &map[string]string{connector.AnnotationTopic: masterTopic},
@@ -267,6 +271,14 @@ func absolute(path string) (string, error) {
 	return filepath.Abs(path)
 }
 
+// most is how many worker replicas there may be.
+func most(community bool) int {
+	if community {
+		return maxCommunity
+	}
+	return maxWorkers
+}
+
 // up is the command that keeps a stack running.
 func up(ctx context.Context, args []string, s std) error {
 	f := flags(s, "up", "up [FLAGS]", "sheaf up --port 8080 --workers 4")
@@ -278,11 +290,17 @@ func up(ctx context.Context, args []string, s std) error {
 	programs := f.String("programs", "", "`folder` whose executable files may be deployed as functions: the image is the file's name")
 	buildDir := f.String("build-dir", "build", "`folder` in which faas-cli up --shrinkwrap leaves what is built when it is deployed; it need not exist yet")
 	secretFile := f.String("payload-secret", "", "`file` with the secret that faas-cli up --remote-builder signs builds with; without it one is made")
+	community := f.Bool("community", false, "keep within what OpenFaaS's Community Edition allows: 5 replicas, 15 functions, asynchronous calls of 256,000 bytes")
 	behind := f.String("behind", "", "`URL` of an OpenFaaS gateway that has this stack as its provider: functions call and are scaled through it")
 	keyFile := f.String("callback-key-file", "", "`file` with the key that signs callbacks of asynchronous calls")
 	allow := f.String("callback-allow", "127.0.0.0/8,::1", "`list` of where callbacks may go beside public addresses: addresses, CIDRs and host:port, with commas between")
 	verbose := f.Bool("verbose", false, "log what happens")
 	rest, err := parse(f, args)
+	given := map[string]bool{}
+	f.Visit(func(fl *flag.Flag) { given[fl.Name] = true })
+	if *community && !given["workers"] {
+		*workers = min(*workers, maxCommunity)
+	}
 	switch {
 	case err != nil:
 		return err
@@ -290,10 +308,10 @@ func up(ctx context.Context, args []string, s std) error {
 		return usagef("up takes no argument, and got %q", rest[0])
 	case *port < 0 || *port > 65535:
 		return usagef("--port is %d, and must be from 0 to 65535", *port)
-	case *workers < 1 || *workers > maxWorkers:
-		return usagef("--workers is %d, and must be from 1 to %d", *workers, maxWorkers)
+	case *workers < 1 || *workers > most(*community):
+		return usagef("--workers is %d, and must be from 1 to %d", *workers, most(*community))
 	}
-	cfg := local.Config{Port: *port, Dir: *data, Gateway: *behind}
+	cfg := local.Config{Port: *port, Dir: *data, Gateway: *behind, Community: *community}
 	cfg.Async.SigningKeyFile, cfg.Async.CallbackAllow = *keyFile, split(*allow)
 	if err := cfg.Async.Validate(); err != nil {
 		return usageError{err}
@@ -322,10 +340,8 @@ func up(ctx context.Context, args []string, s std) error {
 			return err
 		}
 	}
-	given := false
-	f.Visit(func(fl *flag.Flag) { given = given || fl.Name == "port" })
 	begun := time.Now()
-	st, err := start(ctx, cfg, !given, *workers, s, *verbose)
+	st, err := start(ctx, cfg, !given["port"], *workers, s, *verbose)
 	if err != nil {
 		return err
 	}
