@@ -210,3 +210,79 @@ func (p *pieces) Read(b []byte) (int, error) {
 	p.rest = p.rest[n:]
 	return n, nil
 }
+
+// Object tells how long an object of a JetStream object store is, and what
+// tells it from what it may become. It fails with ErrNotFound or ErrAway.
+func (s *Store) Object(ctx context.Context, bucket, name string) (size int64, version string, err error) {
+	info, err := s.object(ctx, bucket, name)
+	if err != nil {
+		return 0, "", err
+	}
+	return int64(info.Size), info.NUID + " " + info.Digest, nil
+}
+
+func (s *Store) object(ctx context.Context, bucket, name string) (*jetstream.ObjectInfo, error) {
+	if err := s.open(ctx); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	store, err := s.js.ObjectStore(ctx, bucket)
+	var info *jetstream.ObjectInfo
+	if err == nil {
+		info, err = store.GetInfo(ctx, name)
+	}
+	switch {
+	case errors.Is(err, jetstream.ErrBucketNotFound), errors.Is(err, jetstream.ErrObjectNotFound), errors.Is(err, jetstream.ErrInvalidStoreName):
+		return nil, fmt.Errorf("%w: object %q of bucket %q: %w", ErrNotFound, name, bucket, err)
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrAway, err)
+	}
+	return info, nil
+}
+
+// ObjectInput reads an object that a job was accepted with. It fails with
+// ErrChanged when it is another one by now, and with ErrDamaged when it does not
+// come whole.
+func (s *Store) ObjectInput(ctx context.Context, bucket, name string, in Input) io.Reader {
+	return &object{s: s, ctx: ctx, bucket: bucket, name: name, in: in}
+}
+
+type object struct {
+	s            *Store
+	ctx          context.Context
+	bucket, name string
+	in           Input
+	r            jetstream.ObjectResult
+	got          int64
+}
+
+func (o *object) Read(p []byte) (int, error) {
+	if o.r == nil {
+		size, version, err := o.s.Object(o.ctx, o.bucket, o.name)
+		if err != nil {
+			return 0, err
+		}
+		if size != o.in.Bytes || version != o.in.Version {
+			return 0, fmt.Errorf("%w: object %q of bucket %q was stored anew", ErrChanged, o.name, o.bucket)
+		}
+		store, err := o.s.js.ObjectStore(o.ctx, o.bucket)
+		if err == nil {
+			o.r, err = store.Get(o.ctx, o.name)
+		}
+		if err != nil {
+			return 0, fmt.Errorf("%w: %w", ErrAway, err)
+		}
+	}
+	n, err := o.r.Read(p)
+	o.got += int64(n)
+	if err == io.EOF {
+		if failed := o.r.Error(); failed != nil || o.got != o.in.Bytes {
+			return n, fmt.Errorf("%w: object %q ended after %d of %d bytes: %w", ErrDamaged, o.name, o.got, o.in.Bytes, errors.Join(failed, io.ErrUnexpectedEOF))
+		}
+	}
+	if err != nil {
+		_ = o.r.Close() // it has been read, or cannot be
+	}
+	return n, err
+}

@@ -122,6 +122,9 @@ var (
 	// ErrFenced is the cause with which the context of a run ends whose job
 	// another master has claimed, or that was cancelled.
 	ErrFenced = errors.New("the job is not this master's any more")
+	// ErrChanged comes when an input that is kept elsewhere is not what it was
+	// when the job was accepted.
+	ErrChanged = errors.New("the input has changed")
 	// ErrDamaged comes when what is stored is not what was stored.
 	ErrDamaged = errors.New("the stored job is damaged")
 )

@@ -15,7 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -27,6 +26,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/sheaf-project/sheaf/internal/egress"
 )
 
 // Retry says how often and when a call is tried again.
@@ -143,11 +144,6 @@ func (c AsyncConfig) filled() (AsyncConfig, error) {
 	if c.CallbackAllow == nil {
 		c.CallbackAllow = []string{"127.0.0.0/8", "::1/128"}
 	}
-	if c.Lookup == nil {
-		c.Lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
-			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-		}
-	}
 	switch {
 	case c.Parallel < 1 || c.Parallel > 1000:
 		return c, fmt.Errorf("async: Parallel is %d, and must be from 1 to 1000", c.Parallel)
@@ -161,7 +157,7 @@ func (c AsyncConfig) filled() (AsyncConfig, error) {
 			return c, fmt.Errorf("async: retry code %d must be from 400 to 599", code)
 		}
 	}
-	if _, err := newAllowList(c.CallbackAllow); err != nil {
+	if _, err := c.callbackPolicy(); err != nil {
 		return c, err
 	}
 	if c.SigningKeyFile != "" {
@@ -320,7 +316,7 @@ type asyncQueue struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	log    *slog.Logger
-	allow  allowList
+	policy *egress.Policy // of callbacks
 	client *http.Client
 	begun  time.Time
 
@@ -363,8 +359,8 @@ func newAsync(cfg AsyncConfig, front *Front, nc *nats.Conn, log *slog.Logger, fa
 	}
 	a := &asyncQueue{cfg: cfg, front: front, nc: nc, js: js, log: log, begun: time.Now(),
 		accepting: make(chan struct{}, 64), ready: make(chan struct{}), running: make(map[string]context.CancelCauseFunc), lanes: make(map[string]bool)}
-	a.allow, _ = newAllowList(cfg.CallbackAllow) // filled has tried it
-	a.client = a.callbackClient()
+	a.policy, _ = cfg.callbackPolicy() // filled has tried it
+	a.client = a.policy.Client(callbackTimeout)
 	a.ctx, a.stop = context.WithCancel(context.Background())
 	a.life, a.kill = context.WithCancelCause(context.Background())
 	front.async = a

@@ -84,7 +84,7 @@ func (a *asyncQueue) accept(w http.ResponseWriter, r *http.Request, name, addres
 	}
 	callback := r.Header.Get("X-Callback-Url")
 	if callback != "" {
-		if p := a.checkCallback(r.Context(), callback); p != nil {
+		if p := a.policy.Check(r.Context(), callback); p != nil {
 			p.Write(w)
 			return
 		}

@@ -252,12 +252,17 @@ func (h *Handler) accept(w http.ResponseWriter, r *http.Request) (rec jobs.Recor
 	id := jobID(k)
 	up := openUpload(w, r, inputLimit{min(h.MaxInput, h.MaxJobInput), "max_job_input"}, h.Patience)
 	defer up.close()
-	j, p := limited.prepare(r, up)
-	if p == nil {
-		j.group.Job = id
-		if rec, existed, p = h.store(r.Context(), j, id); p != nil {
-			p.Job = id
+	if r.URL.Query().Has("input") && r.ContentLength == 0 {
+		rec, existed, p = limited.refer(r, id)
+	} else {
+		var j *job
+		if j, p = limited.prepare(r, up); p == nil {
+			j.group.Job = id
+			rec, existed, p = h.store(r.Context(), j, id)
 		}
+	}
+	if p != nil {
+		p.Job = id
 	}
 	if p != nil {
 		up.refuse(w, p)
@@ -285,7 +290,11 @@ type fetching struct{ io.Reader }
 func (f fetching) Read(p []byte) (int, error) {
 	n, err := f.Reader.Read(p)
 	if err != nil && err != io.EOF {
-		err = storeProblem(err)
+		if p := jobProblem(err); p != nil && !errors.Is(err, jobs.ErrNotFound) {
+			err = p
+		} else {
+			err = inputProblem(err)
+		}
 	}
 	return n, err
 }
@@ -312,13 +321,45 @@ func (h *Handler) store(ctx context.Context, j *job, id string) (rec jobs.Record
 		}
 		blocks++
 	}
-	digest := requestDigest(j.params, sum)
+	return h.commit(ctx, u, j, requestDigest(j.params, sum), jobs.Input{Bytes: u.Bytes(), Blocks: blocks})
+}
+
+// refer stores a job whose input is somewhere else.
+func (h *Handler) refer(r *http.Request, id string) (rec jobs.Record, existed bool, _ *wire.Problem) {
+	ps, p := readQuery(r.URL.RawQuery)
+	if p != nil {
+		return rec, false, p
+	}
+	in, p := h.reach(r.Context(), ps["input"])
+	if p != nil {
+		return rec, false, p
+	}
+	if in.Bytes > h.MaxInput {
+		return rec, false, inputLimit{h.MaxInput, "max_input"}.passed()
+	}
+	j, p := h.plan(ps, &upload{length: in.Bytes, total: in.Bytes})
+	if p != nil {
+		return rec, false, p
+	}
+	j.group.Job = id
+	sum := sha256.New()
+	fmt.Fprintf(sum, "%d %s", in.Bytes, in.Version)
+	u, err := h.Jobs.Upload(r.Context(), id, rand.Text())
+	if err != nil {
+		return rec, false, storeProblem(err)
+	}
+	defer u.Abort()
+	return h.commit(r.Context(), u, j, requestDigest(ps, sum), in)
+}
+
+// commit stores the record of a job whose input is stored.
+func (h *Handler) commit(ctx context.Context, u *jobs.Upload, j *job, digest string, in jobs.Input) (rec jobs.Record, existed bool, _ *wire.Problem) {
 	j.params["block"] = strconv.Itoa(j.split.Size)
 	spec, err := json.Marshal(j.params)
 	if err != nil {
 		return rec, false, j.problem(err)
 	}
-	rec, existed, err = u.Submit(ctx, jobs.Record{Spec: spec, Digest: digest, Input: jobs.Input{Bytes: u.Bytes(), Blocks: blocks}})
+	rec, existed, err = u.Submit(ctx, jobs.Record{Spec: spec, Digest: digest, Input: in})
 	if err != nil {
 		return rec, false, storeProblem(err)
 	}
@@ -366,17 +407,19 @@ type shownBlocks struct {
 	Done    int `json:"done"`
 	Failed  int `json:"failed"`
 	Stopped int `json:"stopped"`
+	// Open says that there may be more: the input is read as it is worked on.
+	Open bool `json:"open,omitempty"`
 }
 
 func (h *Handler) show(r *http.Request, rec jobs.Record) shownJob {
-	p := jobs.Progress{Total: rec.Input.Blocks, Queued: rec.Input.Blocks}
+	p := jobs.Progress{Total: max(0, rec.Input.Blocks), Queued: max(0, rec.Input.Blocks)}
 	if rec.Progress != nil {
 		p = *rec.Progress
 	} else if known, now, _, ok := h.Jobs.Known(rec.ID); ok && known.Revision == rec.Revision {
 		p = now
 	}
 	s := shownJob{ID: rec.ID, State: rec.State, Function: h.Function, Created: rec.Created, Started: rec.Started, Finished: rec.Finished,
-		Expires: rec.Expires, Bytes: rec.Input.Bytes, Blocks: shownBlocks{p.Total, p.Queued, p.Running, p.Done, p.Failed, p.Stopped},
+		Expires: rec.Expires, Bytes: rec.Input.Bytes, Blocks: shownBlocks{p.Total, p.Queued, p.Running, p.Done, p.Failed, p.Stopped, rec.Input.Blocks < 0 && !rec.State.Final()},
 		Attempts: p.Attempts, Replicas: p.Replicas, Master: rec.Owner, Epoch: rec.Epoch, Redrives: rec.Redrives, Error: rec.Error,
 		Result: base(h, r) + "/jobs/" + rec.ID + "/result"}
 	if ps, err := specOf(rec); err == nil && ps["function"] != "" {

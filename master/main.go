@@ -55,6 +55,8 @@ import (
 //	job_ttl          how long a job is kept after its end; 24h
 //	job_input_ttl    how long an input is kept at most; 168h
 //	job_store_bytes, job_input_bytes  in JetStream, over all jobs; 1 GiB and 4 GiB
+//	job_input_allow  where inputs may be that a job names by URL, beside public addresses: addresses, CIDRs, host:port
+//	job_input_buckets  object stores of JetStream that jobs may name; sheaf-inputs
 //	job_lease        how long a master may be silent before others take its jobs; 1200ms
 func Main(job Job) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
@@ -95,6 +97,8 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 	h.MaxJobInput = int64(v.Int("max_job_input", DefaultMaxJobInput, 1, most))
 	h.MaxJobResult = int64(v.Int("max_job_result", DefaultMaxJobResult, 1, most))
 	h.MaxJobBlocks = v.Int("max_job_blocks", DefaultMaxJobBlocks, 1, 1<<30)
+	h.InputBuckets = strings.Split(v.String("job_input_buckets", "sheaf-inputs"), ",")
+	allow := strings.FieldsFunc(v.String("job_input_allow", ""), func(r rune) bool { return r == ',' || r == ' ' })
 	kept := jobs.Config{
 		Function: self, Master: s.Replica + "-" + rand.Text()[:8],
 		MaxQueued: v.Int("max_queued", 1000, 1, 1<<30), Parallel: v.Int("parallel_jobs", 4, 1, 1<<20),
@@ -128,6 +132,9 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 	}
 	if v.Err != nil {
 		return nil, nil, v.Err
+	}
+	if h.Inputs, err = InputPolicy(allow); err != nil {
+		return expected("job_input_allow", strings.Join(allow, ","), "addresses, CIDRs or host:port, separated by commas")
 	}
 	nc, err := nats.Connect(natsURL, append(user, nats.Name("sheaf master "+s.Replica),
 		nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond),

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/sheaf-project/sheaf"
+	"github.com/sheaf-project/sheaf/internal/egress"
 	"github.com/sheaf-project/sheaf/internal/wire"
 	jobs "github.com/sheaf-project/sheaf/job"
 )
@@ -110,6 +111,11 @@ type Handler struct {
 	// blocks it may have; 0 means 100,000.
 	MaxJobInput, MaxJobResult int64
 	MaxJobBlocks              int
+	// Inputs says from where inputs may be read that requests name by a URL; nil
+	// means from nowhere. InputBuckets are the object stores of JetStream that
+	// they may name.
+	Inputs       *egress.Policy
+	InputBuckets []string
 
 	Log *slog.Logger // nil means slog.Default
 }

@@ -22,7 +22,7 @@ import (
 )
 
 // Parameters of a job, as its query names them.
-var parameters = []string{"block", "workers", "split", "delimiter", "function", "route", "verify", "timeout", "output", "tolerate"}
+var parameters = []string{"block", "workers", "split", "delimiter", "function", "route", "verify", "timeout", "output", "tolerate", "input"}
 
 // params are the parameters of one request.
 type params map[string]string
@@ -287,6 +287,9 @@ func (h *Handler) prepare(r *http.Request, up *upload) (*job, *wire.Problem) {
 	}
 	if p = up.begin(r, ps); p != nil {
 		return nil, p
+	}
+	if _, given := ps["input"]; given {
+		return nil, bad("input", "input names an input for a job, without one in the request; post it to /jobs, without a body")
 	}
 	j, p := h.plan(ps, up)
 	if p != nil {

@@ -76,15 +76,17 @@ func (h *Handler) runJob(ctx context.Context, l *jobs.Lease) {
 
 // jobRun is one run of a stored job.
 type jobRun struct {
-	h     *Handler
-	l     *jobs.Lease
-	job   *job
-	done  []int // blocks that had a result before, in order
-	lacks *sheaf.PartialError
+	h      *Handler
+	l      *jobs.Lease
+	job    *job
+	before int   // blocks that an earlier run had read
+	done   []int // blocks that had a result before, in order
+	lacks  *sheaf.PartialError
 
 	mu       sync.Mutex // guards all below
 	index    []int      // of the blocks of this run: a scatter counts those that it gets from 0
 	blocks   int        // read so far
+	read     bool       // all of them
 	kept     int        // results that are stored, with those of before
 	failed   int
 	attempts int
@@ -105,7 +107,11 @@ func (h *Handler) resume(ctx context.Context, l *jobs.Lease) (*jobRun, error) {
 	}
 	limited := *h
 	limited.MaxBlocks = h.MaxJobBlocks
-	up := &upload{length: rec.Input.Bytes, total: rec.Input.Bytes, src: fetching{h.Jobs.Input(ctx, rec)}, left: make(chan struct{})}
+	input := h.Jobs.Input(ctx, rec)
+	if rec.Input.URL != "" {
+		input = h.referred(ctx, rec.Input)
+	}
+	up := &upload{length: rec.Input.Bytes, total: rec.Input.Bytes, src: fetching{input}, left: make(chan struct{})}
 	j, p := limited.plan(ps, up)
 	if p != nil {
 		return run, p
@@ -121,7 +127,7 @@ func (h *Handler) resume(ctx context.Context, l *jobs.Lease) (*jobRun, error) {
 	}
 	run.kept = len(run.done)
 	_, before, _, _ := h.Jobs.Known(rec.ID)
-	run.attempts = before.Attempts
+	run.attempts, run.before = before.Attempts, before.Total
 	h.atLeast(ctx, j)
 	return run, nil
 }
@@ -173,6 +179,9 @@ func (r *jobRun) missing() iter.Seq2[sheaf.Block, error] {
 				return
 			}
 		}
+		r.mu.Lock()
+		r.read = true
+		r.mu.Unlock()
 	}
 }
 
@@ -250,7 +259,7 @@ func (r *jobRun) scatter(ctx context.Context) error {
 func (r *jobRun) progress() jobs.Progress {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	p := jobs.Progress{Total: max(r.l.Record().Input.Blocks, r.blocks, r.kept), Done: r.kept, Failed: r.failed,
+	p := jobs.Progress{Total: max(r.l.Record().Input.Blocks, r.blocks, r.kept, r.before), Done: r.kept, Failed: r.failed,
 		Running: len(r.inFlight), Attempts: r.attempts, Replicas: len(r.from)}
 	p.Running = min(p.Running, p.Total-p.Done-p.Failed)
 	p.Queued = p.Total - p.Done - p.Failed - p.Running
@@ -259,6 +268,11 @@ func (r *jobRun) progress() jobs.Progress {
 
 // ended is how far the run came.
 func (r *jobRun) ended() jobs.Progress {
+	r.mu.Lock()
+	if r.read { // to the end
+		r.before = 0
+	}
+	r.mu.Unlock()
 	p := r.progress()
 	p.Stopped += p.Queued + p.Running
 	p.Queued, p.Running = 0, 0

@@ -24,6 +24,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"internal/schedule": {},
 	"internal/wire":     {own: []string{""}},
 	"internal/http1":    {},
+	"internal/egress":   {own: []string{"internal/wire"}},
 	"internal/serve":    {own: []string{"internal/http1", "internal/wire"}},
 
 	"internal/routetest": {own: []string{"", "internal/wire"}},
@@ -47,12 +48,12 @@ var rooms = map[string]struct{ own, modules []string }{
 	"job": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go"}},
 
 	// What wires adapters together.
-	"master": {own: []string{"", "direct", "gateway", "internal/login", "internal/serve", "internal/wire", "job", "registry", "topic"},
+	"master": {own: []string{"", "direct", "gateway", "internal/egress", "internal/login", "internal/serve", "internal/wire", "job", "registry", "topic"},
 		modules: []string{"github.com/nats-io/nats.go"}},
 	"connector": {own: []string{"", "broker", "internal/wire", "topic", "tracing"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nuid", "github.com/openfaas/connector-sdk",
 			"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk", "github.com/prometheus/client_golang", "go.opentelemetry.io/otel", "go.opentelemetry.io/otel/trace"}},
-	"local": {own: []string{"", "gateway", "internal/login", "internal/wire", "registry"},
+	"local": {own: []string{"", "gateway", "internal/egress", "internal/login", "internal/wire", "registry"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2", "github.com/nats-io/nkeys", "github.com/openfaas/faas-provider"}},
 
 	// What a function's author writes against.

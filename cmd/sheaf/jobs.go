@@ -15,6 +15,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -67,6 +68,9 @@ func (c *jobClient) call(ctx context.Context, method, path string, body io.Reade
 	if body != nil {
 		req.ContentLength = length
 		req.GetBody = nil // a second try is ours to make
+		if length == 0 {
+			req.Body = http.NoBody
+		}
 	}
 	for name, value := range header {
 		req.Header.Set(name, value)
@@ -175,7 +179,7 @@ func (j *jobInfo) counts() string {
 
 // submitJob is the command that makes a job.
 func submitJob(ctx context.Context, args []string, s std) error {
-	f := flags(s, "submit", "submit FILE [FLAGS]", "sheaf submit --block 64KiB --wait README.md")
+	f := flags(s, "submit", "submit FILE|URL [FLAGS]", "sheaf submit --block 64KiB --wait README.md")
 	c := newJobClient(f, s)
 	q := url.Values{}
 	for name, usage := range map[string]string{
@@ -192,7 +196,7 @@ func submitJob(ctx context.Context, args []string, s std) error {
 	}
 	key := f.String("key", "", "`name` of the job, by which it can be sent again without being done again")
 	wait := f.Bool("wait", false, "wait for the end, and print the answer")
-	rest, err := c.args(f, args, "one file, or - for standard input", 1)
+	rest, err := c.args(f, args, "one file, - for standard input, or a URL", 1)
 	if err != nil {
 		return err
 	}
@@ -202,7 +206,14 @@ func submitJob(ctx context.Context, args []string, s std) error {
 	if *key == "" {
 		*key = rand.Text()
 	}
-	body, err := c.submit(ctx, rest[0], q, *key)
+	file := rest[0]
+	for _, scheme := range []string{"http://", "https://", "nats://"} {
+		if strings.HasPrefix(file, scheme) { // the master reads it
+			q.Set("input", file)
+			file = os.DevNull
+		}
+	}
+	body, err := c.submit(ctx, file, q, *key)
 	if err != nil {
 		return err
 	}
@@ -251,6 +262,9 @@ func (c *jobClient) submit(ctx context.Context, file string, q url.Values, key s
 		input, size, err := open(file, c.in)
 		if err != nil {
 			return nil, err
+		}
+		if file == os.DevNull {
+			size = 0
 		}
 		body, again, err := c.send(ctx, input, size, q, key)
 		_ = input.Close() // it was only read

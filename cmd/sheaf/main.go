@@ -87,7 +87,7 @@ Usage: sheaf COMMAND [FLAGS]
   ps          show the replicas of functions: rank, address, state, epoch
   serve CMD   be a worker: each block is the input of a program, its output the result
 
-  submit FILE  store a job that goes on without you, and print its ID
+  submit FILE  store a job that goes on without you, and print its ID; FILE may be a URL
   jobs         list jobs
   status ID    tell how far a job is
   result ID    print the answer of a job

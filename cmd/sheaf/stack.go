@@ -197,7 +197,8 @@ func (st *stack) deploy(ctx context.Context, workers, most int) error {
 	}
 	for _, spec := range []types.FunctionDeployment{{
 		Service: "master", Image: masterImage, Labels: labels(1), Annotations: &map[string]string{connector.AnnotationTopic: masterTopic},
-		EnvVars: map[string]string{"worker_function": "worker", "GOMEMLIMIT": "44MiB", "GOGC": "50"},
+		EnvVars: map[string]string{"worker_function": "worker", "GOMEMLIMIT": "44MiB", "GOGC": "50",
+			"job_input_allow": "127.0.0.0/8,::1"},
 	}, {
 		Service: "worker", Image: workerImage, Labels: labels(workers),
 		EnvVars: map[string]string{"GOMEMLIMIT": "32MiB"},
