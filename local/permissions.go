@@ -42,6 +42,7 @@ const (
 	viewsStream     = "KV_" + registry.Bucket
 	jobsStream      = "KV_sheaf-jobs"
 	jobInputsStream = "sheaf-job-inputs"
+	objectsStream   = "OBJ_sheaf-inputs" // that jobs may name their inputs in
 )
 
 // Subjects of route topic.
@@ -58,11 +59,12 @@ var roles = []role{
 		answers:   true,
 	},
 	{
-		// It makes its own two streams, and cannot delete even those.
+		// It makes its own streams, and cannot delete even those.
 		name: roleFunctions,
-		publish: slices.Concat(reads(viewsStream), []string{registry.ScaleSubject}, reads(jobsStream), reads(jobInputsStream), []string{
+		publish: slices.Concat(reads(viewsStream), []string{registry.ScaleSubject}, reads(jobsStream), reads(jobInputsStream), reads(objectsStream), []string{
 			"$JS.API.STREAM.CREATE." + jobsStream, "$JS.API.STREAM.CREATE." + jobInputsStream,
 			"$JS.API.STREAM.PURGE." + jobsStream, "$JS.API.STREAM.PURGE." + jobInputsStream,
+			"$JS.API.STREAM.CREATE." + objectsStream, "$JS.API.STREAM.PURGE." + objectsStream, "$O.sheaf-inputs.>",
 			"$KV.sheaf-jobs.>", "sheaf.job.>", topicCalls, topicCancels,
 		}),
 		subscribe: []string{"sheaf.job.>"},
@@ -80,7 +82,7 @@ var roles = []role{
 		publish: []string{">"},
 		noPublish: slices.Concat([]string{"$SYS.>", "$KV.>", "$O.>", "sheaf.async.>", "sheaf.job.>", registry.ScaleSubject,
 			"$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.ACCOUNT.>"},
-			changes(viewsStream), none(jobsStream, jobInputsStream, callStream, callbackStream, recordStream, resultStream, deadStream)),
+			changes(viewsStream), none(jobsStream, jobInputsStream, objectsStream, callStream, callbackStream, recordStream, resultStream, deadStream)),
 		subscribe:   []string{"> sheaf-connector", "sheaf.redrive sheaf-connector"},
 		noSubscribe: []string{"$SYS.>", "$KV.>", "$O.>", "$JS.>", "_INBOX.>", "sheaf.async.>", "sheaf.job.>", "sheaf.dead.>", registry.ScaleSubject},
 	},

@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -178,11 +177,10 @@ func TestInputByReference(t *testing.T) {
 		t.Errorf("sheaf submit URL: %d %s", got.code, got.err)
 	}
 
-	nc, err := nats.Connect(b.NATS)
+	nc, err := b.ConnectNATS("test")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer nc.Close()
 	js, err := jetstream.New(nc)
 	if err != nil {
 		t.Fatal(err)
