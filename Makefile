@@ -1,7 +1,7 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker languages deps images chart chart-readme
+.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker languages vuln sbom deps images chart chart-readme
 
 help: ## Print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,13 @@ chart-readme: ## Write the table of values in the chart's README anew
 
 languages: ## Run the workers of docs/ANY-LANGUAGE.md, with python3 and node
 	go test ./test -tags languages -run TestLanguages -count=1 -timeout 3m
+
+VULNDB ?=
+vuln: ## Look for known vulnerabilities; VULNDB=FOLDER takes a copy of the database
+	go run golang.org/x/vuln/cmd/govulncheck@v1.1.4 $(if $(VULNDB),-db file://$(abspath $(VULNDB))) ./cmd/... ./functions/...
+
+sbom: build ## Write the bill of materials of bin/sheaf (CycloneDX) beside it
+	go run ./test/sbom bin/sheaf > bin/sheaf.cdx.json
 
 deps: ## What the project needs beyond Go: python3 and node, for make languages
 	go mod download

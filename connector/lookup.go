@@ -58,7 +58,8 @@ type Lookup struct {
 // annotation.
 func NewLookup(gatewayURL, delimiter, user, password string) *Lookup {
 	l := &Lookup{tap: &tap{next: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}}, topics: types.NewTopicMap()}
-	l.client = &http.Client{Transport: l.tap, Timeout: 20 * time.Second}
+	l.client = &http.Client{Transport: l.tap, Timeout: 20 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	var auth sdk.ClientAuth
 	if user != "" {
 		auth = &sdk.BasicAuth{Username: user, Password: password}

@@ -96,7 +96,7 @@ func BenchmarkCall(b *testing.B) {
 	}
 }
 
-func TestSigned(t *testing.T) {
+func TestControl02OnlySignedAnswers(t *testing.T) {
 	routetest.Signed(t, func(t *testing.T, url string, s *wire.Signer) (sheaf.Route, sheaf.Replica) {
 		r := direct.New(routetest.MaxReply)
 		r.Sign(s)

@@ -37,6 +37,9 @@ type Client struct {
 
 const callTimeout = time.Minute
 
+// stay follows no redirect: what is sent here is for the gateway only.
+func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+
 // NewClient returns a Client of the gateway at rawURL. An empty user sends no
 // credentials.
 func NewClient(rawURL, user, password string) (*Client, error) {
@@ -52,8 +55,8 @@ func NewClient(rawURL, user, password string) (*Client, error) {
 	c := &Client{
 		base:    base,
 		silence: streamSilence,
-		http:    &http.Client{Timeout: callTimeout, Transport: transport},
-		flow:    &http.Client{Transport: transport},
+		http:    &http.Client{Timeout: callTimeout, Transport: transport, CheckRedirect: stay},
+		flow:    &http.Client{Transport: transport, CheckRedirect: stay},
 	}
 	var auth sdk.ClientAuth
 	if user != "" {

@@ -43,7 +43,7 @@ func TestRouteBare(t *testing.T) {
 	})
 }
 
-func TestSigned(t *testing.T) {
+func TestControl02OnlySignedAnswers(t *testing.T) {
 	routetest.Signed(t, func(t *testing.T, fn string, s *wire.Signer) (sheaf.Route, sheaf.Replica) {
 		r := gateway.NewRoute(front(t, fn), routetest.MaxReply)
 		r.Sign(s)

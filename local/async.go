@@ -100,7 +100,8 @@ type AsyncConfig struct {
 	//
 	// where HEX is the HMAC-SHA256, under the file's content without trailing
 	// line ends, of the decimal UNIX seconds, a dot, and the body. "" signs
-	// nothing.
+	// nothing. A file of two lines has two keys, while they rotate, and makes
+	// two v1 fields, of which one must be right.
 	SigningKeyFile string
 }
 

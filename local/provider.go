@@ -107,9 +107,10 @@ func NewProvider(command func(image string) (argv []string, err error), log *slo
 		DrainTime: drainTimeout,
 		Liveness:  livenessInterval,
 		command:   command, log: log, ctx: ctx, cancel: cancel,
-		spawn:     newSpawner(),
-		guard:     newGuard(log),
-		probe:     &http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
+		spawn: newSpawner(),
+		guard: newGuard(log),
+		probe: &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}, // a function must not send us elsewhere
 		functions: make(map[string]*function),
 		ports:     make(map[string]bool),
 		changed:   make(chan struct{}),

@@ -148,6 +148,17 @@ func TestRoute(t *testing.T) {
 	}
 }
 
+func TestControl02OnlySignedAnswers(t *testing.T) {
+	routetest.Signed(t, func(t *testing.T, to string, s *wire.Signer) (sheaf.Route, sheaf.Replica) {
+		url := startNATS(t, 0)
+		serve(t, url, front(t, to))
+		wait(t, url)
+		r := route(t, url)
+		r.Sign(s)
+		return r, sheaf.Replica{}
+	})
+}
+
 func TestNobodyTakesBlocks(t *testing.T) {
 	r := route(t, startNATS(t, 0))
 	begun := time.Now()
