@@ -122,7 +122,9 @@ func both(f Function, getenv func(string) string) (*serve.Server, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	inputs, stop, err := master.Env(f.job(), func(name string) string {
+	job := f.job()
+	job.Both = true
+	inputs, stop, err := master.Env(job, func(name string) string {
 		if v := getenv(name); v != "" || name != "worker_function" {
 			return v
 		}
@@ -131,7 +133,6 @@ func both(f Function, getenv func(string) string) (*serve.Server, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	inputs.Handler.(*master.Handler).Self = "" // it may scatter to itself: a block is no input
 	self.MaxInflight = 0
 	self.Handler = roles{inputs, blocks}
 	return self, stop, nil

@@ -91,18 +91,17 @@ func TestBothRoles(t *testing.T) {
 		}
 		return shout(ctx, b)
 	}}
-	s, stop, err := env(f, vars("OPENFAAS_NAME", "upper", "sheaf_replica", "r1", "max_jobs", "1", "max_inflight", "1"))
+	route := direct.New(0)
+	defer route.Close()
+	h := &master.Handler{Job: f.job(), Function: "upper", Direct: route}
+	blocks, err := worker.Env(f.Map, vars("max_inflight", "1"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer stop()
-	srv := httptest.NewServer(s)
+	srv := httptest.NewServer(&serve.Server{Function: "upper", Replica: "r1",
+		Handler: roles{inputs: &serve.Server{Handler: h, MaxInflight: 1}, blocks: blocks}})
 	defer srv.Close()
-	route := direct.New(0)
-	defer route.Close()
-	h := roleOf[*master.Handler](t, s)
 	h.Resolver = sheaf.Static{{Function: "upper", ID: "r1", URL: srv.URL, State: sheaf.Ready}}
-	h.Direct, h.AtLeast = route, nil
 
 	in := strings.Repeat("the quick brown fox\n", 500)
 	for range 3 {
@@ -123,21 +122,6 @@ func TestBothRoles(t *testing.T) {
 	if err := json.NewDecoder(resp.Body).Decode(&who); err != nil || who.Function != "upper" || who.Replica != "r1" {
 		t.Errorf("it says that it is %+v, %v", who, err)
 	}
-}
-
-// roleOf finds the master of a server with both roles, for a test to give it
-// replicas without NATS.
-func roleOf[T http.Handler](t *testing.T, s *serve.Server) T {
-	t.Helper()
-	r, ok := s.Handler.(roles)
-	if !ok {
-		t.Fatalf("handler is %T", s.Handler)
-	}
-	h, ok := r.inputs.Handler.(T)
-	if !ok {
-		t.Fatalf("handler of inputs is %T", r.inputs.Handler)
-	}
-	return h
 }
 
 // post posts until there is a place: one that answered counts for a moment more.

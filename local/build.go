@@ -403,6 +403,56 @@ func buildEnv(args map[string]string) (env, unused []string) {
 	return env, unused
 }
 
+// maxImages is how many images are kept that no function has.
+const maxImages = 32
+
+// forget removes the oldest images that no function has, and returns the
+// programs of those that are left. b.mu is held.
+func (b *builder) forget(but string) (programs map[string]bool, err error) {
+	files, err := b.store.names(imagesFolder)
+	if err != nil {
+		return nil, err
+	}
+	deployed := map[string]bool{but: true}
+	for _, f := range b.p.Functions() {
+		deployed[f.Image] = true
+	}
+	type idle struct {
+		file, program string
+		since         time.Time
+	}
+	var others []idle
+	programs = map[string]bool{}
+	for _, name := range files {
+		path := b.store.path(imagesFolder, name)
+		var i builtImage
+		data, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(data, &i) != nil {
+			continue // as in built
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			return nil, err
+		}
+		if deployed[i.Image] {
+			programs[i.Program] = true
+		} else {
+			others = append(others, idle{name, i.Program, info.ModTime()})
+		}
+	}
+	slices.SortFunc(others, func(x, y idle) int { return x.since.Compare(y.since) })
+	for len(others) > maxImages {
+		if err := b.store.remove(imagesFolder, others[0].file); err != nil {
+			return nil, err
+		}
+		others = others[1:]
+	}
+	for _, o := range others {
+		programs[o.program] = true
+	}
+	return programs, nil
+}
+
 // name makes a program that of an image, and removes those of no image.
 func (b *builder) name(image, program string) error {
 	b.mu.Lock()
@@ -414,16 +464,9 @@ func (b *builder) name(image, program string) error {
 	if err := b.store.write(imagesFolder, imageFile(image), data); err != nil {
 		return err
 	}
-	used := map[string]bool{}
-	images, err := b.store.names(imagesFolder)
+	used, err := b.forget(image)
 	if err != nil {
 		return err
-	}
-	for _, name := range images {
-		var i builtImage
-		if data, err := os.ReadFile(b.store.path(imagesFolder, name)); err == nil && json.Unmarshal(data, &i) == nil {
-			used[i.Program] = true
-		}
 	}
 	programs, err := b.store.names(programsFolder)
 	if err != nil {

@@ -330,8 +330,25 @@ func TestBuilderAPI(t *testing.T) {
 		y.says("remote", says)
 	}
 	// A program that no image has any more is not kept.
-	if left, err := os.ReadDir(filepath.Join(data, "programs")); err != nil || len(left) != 1 {
-		t.Errorf("programs: %v, %v", left, err)
+	count := func(folder string) int {
+		t.Helper()
+		left, err := os.ReadDir(filepath.Join(data, folder))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(left)
+	}
+	if n := count("programs"); n != 1 {
+		t.Errorf("%d programs are kept, of one image", n)
+	}
+	// Of images that no function has, only so many are kept.
+	for i := range 40 {
+		if status, _, said := y.send(t.Context(), archive(t, fmt.Sprintf("idle:%d", i), source("two"))); status != 200 || !strings.Contains(said, `"success"`) {
+			t.Fatalf("%d %s", status, said)
+		}
+	}
+	if images, programs := count("images"), count("programs"); images != 34 || programs != 1 {
+		t.Errorf("%d images with %d programs are kept, want 32, that which was built last, and that of the function, with one", images, programs)
 	}
 	// The image, and the secret, are there after a restart.
 	y.Close()
@@ -515,10 +532,10 @@ func gone(t *testing.T, pid int) {
 // the stack; nothing that it started is left.
 func TestBuildsAreBounded(t *testing.T) {
 	t.Run("time", func(t *testing.T) {
-		y := newYard(t, func(c *local.Config) { c.Build.Time = 5 * time.Second })
+		y := newYard(t, func(c *local.Config) { c.Build.Time = 2 * time.Second })
 		file := filepath.Join(t.TempDir(), "pid")
 		status, lines, said := y.send(t.Context(), archive(t, "me/slow", sleeper(file, "time")))
-		if status != 200 || len(lines) == 0 || lines[len(lines)-1].Status != builder.BuildFailed || !strings.Contains(lines[len(lines)-1].Error, "took too long: over 5s") {
+		if status != 200 || len(lines) == 0 || lines[len(lines)-1].Status != builder.BuildFailed || !strings.Contains(lines[len(lines)-1].Error, "took too long: over 2s") {
 			t.Errorf("%d %s", status, said)
 		}
 		if _, err := os.Stat(file); err == nil { // on a busy machine it may not have come so far

@@ -121,6 +121,11 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 	if !functionName.MatchString(h.Function) {
 		return expected("worker_function", h.Function, "the name of a function, as worker or worker.openfaas-fn")
 	}
+	if name, _, _ := strings.Cut(h.Function, "."); job.Both {
+		h.Self = ""
+	} else if name == self {
+		return expected("worker_function", h.Function, "another function than this one, which takes inputs and no blocks")
+	}
 	if u, err := url.Parse(gatewayURL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return expected("gateway_url", gatewayURL, "a URL such as http://gateway.openfaas:8080")
 	}

@@ -38,6 +38,8 @@ func TestEnvRefusesBadEnvironment(t *testing.T) {
 		{"write_timeout", "x", "a duration"},
 		{"worker_function", "w/../admin", "the name of a function"},
 		{"worker_function", "Worker", "the name of a function"},
+		{"worker_function", "master", "another function than this one"},
+		{"worker_function", "master.openfaas-fn", "another function than this one"},
 		{"gateway_url", "gateway.openfaas:8080", "a URL such as http://gateway.openfaas:8080"},
 		{"gateway_url", "ftp://gateway", "a URL"},
 		{"gateway_url", "http://", "a URL"},
@@ -78,6 +80,14 @@ func TestEnv(t *testing.T) {
 		h.MaxBlocks != DefaultMaxBlocks || h.MaxWorkers != DefaultMaxWorkers || h.Memory != DefaultMemory ||
 		h.Patience != DefaultPatience || h.ReplicaWait != 30*time.Second || s.MaxInflight != 100 {
 		t.Errorf("defaults are %+v", h)
+	}
+	s, stop, err = Env(Job{Both: true}, env(map[string]string{"nats_url": away, "OPENFAAS_NAME": "both", "worker_function": "both"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	if h := s.Handler.(*Handler); h.Self != "" || h.Function != "both" {
+		t.Errorf("one with both roles has %q for itself and %q for its worker", h.Self, h.Function)
 	}
 	s, stop, err = Env(Job{}, env(map[string]string{
 		"nats_url": away, "OPENFAAS_NAME": "boss", "worker_function": "count.dev", "max_input": "10", "max_block": "9",

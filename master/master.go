@@ -51,11 +51,16 @@ type Job struct {
 	// another. Only the Data of its blocks is looked at: it is copied, so it may
 	// be used again for the next one, and numbered in the order in which it
 	// comes. An error that it yields is the end of the job, and the input's fault.
+	// It must cut the same input into the same blocks whenever size is the same: a
+	// stored job that another master goes on with is split anew.
 	Split func(input io.Reader, size int) iter.Seq2[sheaf.Block, error]
 	// Line returns one block's result as JSON, for those who take results as
 	// they come. mayCut says that the block's edges may lie within a record, as
 	// far as is known: a Split of the job's own knows better.
 	Line func(r sheaf.Result, mayCut bool) (json.RawMessage, error)
+	// Both says that the function's replicas take blocks, too, so that it may be
+	// its own worker, as package function has it. A master that is none cannot.
+	Both bool
 }
 
 // Defaults of a [Handler].
