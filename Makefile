@@ -1,7 +1,7 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker languages vuln sbom deps images chart chart-readme
+.PHONY: help kills build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker languages vuln sbom deps images chart chart-readme
 
 help: ## Print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ memory: ## Send 1 GiB through sheaf run and print peak memory
 SEEDS ?= 1000000
 sim: ## Simulate SEEDS seeds of the scheduler (1,000,000)
 	go test ./internal/schedule -run TestSimulation -seeds $(SEEDS) -v -timeout 1h
+
+JOBS ?= 500
+KILL ?= 300ms
+kills: ## Run JOBS jobs (500) while a master or worker is killed each KILL (300ms)
+	go test ./test -run 'TestKillsOfMastersWhileJobsRun|TestMasterDiesAtEachStep' -soak.jobs $(JOBS) -soak.kill $(KILL) -v -count=1 -timeout 1h
 
 readme: ## Write the output that README.md and docs show anew (with FAAS_CLI, that of faas-cli too)
 	go test ./test -count=1 -run TestReadme -args -update

@@ -67,6 +67,10 @@ type Record struct {
 	Owner    string `json:"owner,omitempty"`    // the master that claimed it last, or accepted it
 	Epoch    int    `json:"epoch,omitempty"`    // how often it was claimed
 	Redrives int    `json:"redrives,omitempty"` // how often it was queued again
+	// Deaths is how many masters in a row fell silent, or left it, without a
+	// block done more than Done, which were done when the last of them claimed it.
+	Deaths int `json:"deaths,omitempty"`
+	Done   int `json:"done,omitempty"`
 
 	// What a final state came with.
 	Progress *Progress       `json:"progress,omitempty"`

@@ -593,3 +593,30 @@ func TestMastersComeAndGo(t *testing.T) {
 	}
 	t.Logf("%d jobs of %d blocks under %d epochs", jobs, blocks, epochs)
 }
+
+// A job that each of its masters leaves as it is says so to the next.
+func TestDeaths(t *testing.T) {
+	b := newBroker(t)
+	s := b.store(t, "a", func(c *job.Config) { c.Lease = 20 * time.Millisecond })
+	var seen []int
+	run(t, s, func(ctx context.Context, l *job.Lease) {
+		r := l.Record()
+		seen = append(seen, r.Deaths)
+		switch r.Epoch {
+		case 3: // a block more than before
+			l.Commit(ctx, block(0), func() {})
+			l.Wait()
+			l.Progress(ctx, job.Progress{Total: 3, Done: 1, Queued: 2})
+			eventually(t, "progress is not seen", func() bool { _, p, _, _ := s.Known("j"); return p.Done == 1 })
+		case 6:
+			if err := l.End(ctx, func(r *job.Record) { r.State = job.Succeeded }); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	submit(t, s, "j", "input")
+	state(t, s, "j", job.Succeeded)
+	if want := []int{0, 1, 2, 1, 2, 3}; !slices.Equal(seen, want) {
+		t.Errorf("deaths were %v, want %v", seen, want)
+	}
+}

@@ -201,6 +201,12 @@ func (l *Lease) run(ctx context.Context, work func(context.Context, *Lease)) {
 // claim writes this master into the record.
 func (l *Lease) claim(ctx context.Context) error {
 	s, r := l.s, l.rec
+	if _, p, _, _ := s.Known(r.ID); r.State == Running {
+		if p.Done > r.Done {
+			r.Deaths, r.Done = 0, p.Done
+		}
+		r.Deaths++
+	}
 	r.State, r.Owner, r.Epoch = Running, s.cfg.Master, r.Epoch+1
 	if r.Started.IsZero() {
 		r.Started = time.Now().UTC()

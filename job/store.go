@@ -563,7 +563,7 @@ func (s *Store) Redrive(ctx context.Context, id string) (Record, error) {
 			return false, fmt.Errorf("%w: job %s is %s, and only a failed one can be redriven", ErrState, id, r.State)
 		}
 		at = time.Now()
-		r.State, r.Owner, r.Redrives = Queued, "", r.Redrives+1
+		r.State, r.Owner, r.Redrives, r.Deaths = Queued, "", r.Redrives+1, 0
 		r.Started, r.Finished, r.Expires, r.Error, r.Progress, r.Lacks = time.Time{}, time.Time{}, time.Time{}, nil, nil, false
 		return true, nil
 	})

@@ -100,7 +100,7 @@ func Env(job Job, getenv func(string) string) (s *serve.Server, stop func(), err
 	h.InputBuckets = strings.Split(v.String("job_input_buckets", "sheaf-inputs"), ",")
 	allow := strings.FieldsFunc(v.String("job_input_allow", ""), func(r rune) bool { return r == ',' || r == ' ' })
 	kept := jobs.Config{
-		Function: self, Master: s.Replica + "-" + rand.Text()[:8],
+		Function: self + "." + v.String("OPENFAAS_NAMESPACE", registry.DefaultNamespace), Master: s.Replica + "-" + rand.Text()[:8],
 		MaxQueued: v.Int("max_queued", 1000, 1, 1<<30), Parallel: v.Int("parallel_jobs", 4, 1, 1<<20),
 		ResultTTL: v.Duration("job_ttl", 24*time.Hour), InputTTL: v.Duration("job_input_ttl", 7*24*time.Hour),
 		StoreBytes: int64(v.Int("job_store_bytes", 1<<30, 1<<20, most)), InputBytes: int64(v.Int("job_input_bytes", 4<<30, 1<<20, most)),

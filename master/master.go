@@ -141,10 +141,11 @@ func (h *Handler) withDefaults() *Handler {
 			*p = n
 		}
 	}
-	for p, n := range map[*int64]int64{&c.MaxJobInput: DefaultMaxJobInput, &c.MaxJobResult: DefaultMaxJobResult} {
-		if *p <= 0 {
-			*p = n
-		}
+	if c.MaxJobInput <= 0 {
+		c.MaxJobInput = DefaultMaxJobInput
+	}
+	if c.MaxJobResult <= 0 {
+		c.MaxJobResult = DefaultMaxJobResult
 	}
 	if c.Patience <= 0 {
 		c.Patience = DefaultPatience

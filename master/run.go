@@ -18,6 +18,10 @@ import (
 	jobs "github.com/sheaf-project/sheaf/job"
 )
 
+// maxDeaths is how many masters in a row may die over a job without a block
+// done: it may be the job that kills them.
+const maxDeaths = 5
+
 // patience is how much longer than a client a stored job waits for a replica.
 const patience = 10
 
@@ -34,6 +38,10 @@ func (h *Handler) runJob(ctx context.Context, l *jobs.Lease) {
 	rec := l.Record()
 	log := h.Log.With("job", rec.ID, "epoch", rec.Epoch)
 	run, err := h.resume(ctx, l)
+	if err == nil && rec.Deaths > maxDeaths {
+		err = wire.Refuse(http.StatusInternalServerError, "masters_died",
+			fmt.Sprintf("%d masters in a row died over the job, or were stopped, without a block done; see their logs, and give them more memory or the job smaller blocks", rec.Deaths)).Within(maxDeaths)
+	}
 	if err == nil {
 		err = run.scatter(ctx)
 	}

@@ -96,6 +96,15 @@ func openUpload(w http.ResponseWriter, r *http.Request, limit inputLimit, patien
 		close(u.pieces)
 		return u
 	}
+	if r.Body == http.NoBody {
+		// The server watches the connection already, and must not meet a deadline
+		// there: it would take it for the end of the connection, and of the
+		// context of each request that comes on it.
+		u.err = io.EOF
+		u.read.Store(true)
+		close(u.pieces)
+		return u
+	}
 	u.wg.Go(func() { u.ahead(limit) })
 	return u
 }

@@ -578,3 +578,16 @@ func TestJobCommands(t *testing.T) {
 		t.Errorf("no file: %+v", got)
 	}
 }
+
+// Bad input 63: no room for what is sent is 507, and the next job that fits is
+// taken.
+func TestStoreOfJobsIsFull(t *testing.T) {
+	b := start(t, 1, map[string]string{"job_input_bytes": "1048576"})
+	if a := b.do("POST", jobsPath, text(1, 3<<20)); a.status != 507 || a.header.Get("Sheaf-Code") != "store_full" {
+		t.Errorf("3 MiB into 1 MiB: %d %s", a.status, a.body)
+	}
+	in := text(2, 100_000)
+	if end := b.ended(b.submit("", in).ID); end.State != "succeeded" {
+		t.Errorf("afterwards: %+v", end)
+	}
+}

@@ -166,7 +166,7 @@ func (d *watchdog) see(e jetstream.KeyValueEntry) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	part := strings.SplitN(e.Key(), ".", 4)
-	id := part[0] + "/" + part[1]
+	id := strings.TrimSuffix(part[0], "_openfaas-fn") + "/" + part[1]
 	switch part[2] {
 	case "state":
 		var r jobs.Record
