@@ -43,6 +43,10 @@ bench: ## Run the benchmarks of the rooms
 thesis: ## Print the thesis's table with our times beside it
 	go test ./test -run '^$$' -bench Thesis -benchtime 1x
 
+.PHONY: ranks
+ranks: ## Call ranks 10,000 times through a gateway while the function is scaled
+	go test ./local -run RanksWhileScaling -rank-calls 10000 -v -count=1
+
 memory: ## Send 1 GiB through sheaf run and print peak memory
 	go test ./test -tags memory -run Memory -v -count=1
 

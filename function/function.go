@@ -134,6 +134,7 @@ func both(f Function, getenv func(string) string) (*serve.Server, func(), error)
 		return nil, nil, err
 	}
 	self.MaxInflight = 0
+	self.Peers = blocks.Peers // which it closes
 	self.Handler = roles{inputs, blocks}
 	return self, stop, nil
 }

@@ -33,7 +33,8 @@ import (
 // A Front serves a Provider over HTTP.
 type Front struct {
 	Provider *Provider
-	// Views answers /system/views: the record of replicas.
+	// Views answers /system/views, and /replicas for functions, which have no
+	// login: the record of replicas.
 	Views http.Handler
 	// Healthy says why the stack is not ready; nil means that it is.
 	Healthy func() error
@@ -94,7 +95,8 @@ func NewFront(p *Provider, version string) *Front {
 		"GET /system/replicas/{name}":         f.replicas,
 		"DELETE /system/replicas/{name}/{id}": f.kill,
 		"GET /api/v1/query":                   f.invocations,
-		"GET /system/views":                   func(w http.ResponseWriter, r *http.Request) { f.Views.ServeHTTP(w, r) },
+		"GET /system/views":                   f.views,
+		"GET /replicas":                       f.views,
 		"POST /build":                         f.build,
 		"GET /publickey":                      f.publicKey,
 		"/":                                   notFound,
@@ -121,12 +123,13 @@ func (f *Front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.async.ServeHTTP(w, r)
 		return
 	}
-	if strings.HasPrefix(r.URL.Path, "/system/") || strings.HasPrefix(r.URL.Path, "/api/") {
+	open := strings.HasPrefix(r.URL.Path, "/api/") || r.URL.Path == "/replicas" // a gateway's Prometheus, and functions, have no login
+	if open || strings.HasPrefix(r.URL.Path, "/system/") {
 		switch {
 		case !fromHere(r):
 			foreignHost(w)
 			return
-		case !f.Auth.allows(r) && !strings.HasPrefix(r.URL.Path, "/api/"): // a gateway has no login for its Prometheus
+		case !open && !f.Auth.allows(r):
 			unauthorized(w)
 			return
 		}
@@ -208,6 +211,8 @@ func (f *Front) info(w http.ResponseWriter, _ *http.Request) {
 		"arch":     runtime.GOARCH,
 	})
 }
+
+func (f *Front) views(w http.ResponseWriter, r *http.Request) { f.Views.ServeHTTP(w, r) }
 
 func (f *Front) servedBy() string { return ProviderName + "/" + f.Version }
 

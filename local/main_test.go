@@ -60,7 +60,7 @@ func command(image string) ([]string, error) {
 		return nil, err
 	}
 	switch image {
-	case "web", "worker", "crash", "shortlived", "stubborn", "slow", "async":
+	case "web", "worker", "crash", "shortlived", "stubborn", "slow", "async", "who":
 		return []string{self, "-replica", image}, nil
 	case "fork": // leaves a child of its own in its process group
 		return []string{"sh", "-c", `sleep 1000 & echo "grandchild $!"; exec "$0" -replica web`, self}, nil
@@ -81,6 +81,8 @@ func replica(mode string) {
 		os.Exit(3)
 	case "worker":
 		worker.Main(func(_ context.Context, b sheaf.Block) ([]byte, error) { return bytes.ToUpper(b.Data), nil })
+	case "who":
+		worker.Main(tell)
 	case "slow":
 		time.Sleep(300 * time.Millisecond)
 	case "stubborn":

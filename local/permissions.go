@@ -51,10 +51,13 @@ const (
 	topicCancels = "sheaf.cancel"
 )
 
+// changesSubject is where the watcher tells what changes in its record.
+const changesSubject = registry.ChangesSubject + ".>"
+
 var roles = []role{
 	{
 		name:      roleWatcher,
-		publish:   slices.Concat(owns(viewsStream), []string{"$KV." + registry.Bucket + ".>"}),
+		publish:   slices.Concat(owns(viewsStream), []string{"$KV." + registry.Bucket + ".>", changesSubject}),
 		subscribe: []string{registry.ScaleSubject},
 		answers:   true,
 	},
@@ -67,7 +70,7 @@ var roles = []role{
 			"$JS.API.STREAM.CREATE." + objectsStream, "$JS.API.STREAM.PURGE." + objectsStream, "$O.sheaf-inputs.>",
 			"$KV.sheaf-jobs.>", "sheaf.job.>", topicCalls, topicCancels,
 		}),
-		subscribe: []string{"sheaf.job.>"},
+		subscribe: []string{"sheaf.job.>", changesSubject},
 		answers:   true, // the connector asks for the parts of a block
 	},
 	{
@@ -80,19 +83,19 @@ var roles = []role{
 		// hold them. Of sheaf's own it has dead letters and their redriving.
 		name:    roleConnector,
 		publish: []string{">"},
-		noPublish: slices.Concat([]string{"$SYS.>", "$KV.>", "$O.>", "sheaf.async.>", "sheaf.job.>", registry.ScaleSubject,
+		noPublish: slices.Concat([]string{"$SYS.>", "$KV.>", "$O.>", "sheaf.async.>", "sheaf.job.>", registry.ScaleSubject, changesSubject,
 			"$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.ACCOUNT.>"},
 			changes(viewsStream), none(jobsStream, jobInputsStream, objectsStream, callStream, callbackStream, recordStream, resultStream, deadStream)),
 		subscribe:   []string{"> sheaf-connector", "sheaf.redrive sheaf-connector"},
 		noSubscribe: []string{"$SYS.>", "$KV.>", "$O.>", "$JS.>", "_INBOX.>", "sheaf.async.>", "sheaf.job.>", "sheaf.dead.>", registry.ScaleSubject},
 	},
 	{
-		// It hears answers, and no message of anybody else.
+		// It hears answers, and what changes in the record of replicas.
 		name:    roleClient,
 		publish: []string{">"},
 		noPublish: []string{"$SYS.>", "$KV.>", "$JS.>", "$O.>", "_INBOX.>", "sheaf.async.>", "sheaf.job.>", "sheaf.inbox.>", "sheaf.dead.>",
-			topicCalls, topicCancels, registry.ScaleSubject},
-		subscribe: []string{"_INBOX.>"},
+			topicCalls, topicCancels, registry.ScaleSubject, changesSubject},
+		subscribe: []string{"_INBOX.>", changesSubject},
 		password:  true,
 	},
 }

@@ -26,8 +26,8 @@ import (
 
 // A Stack is all of it in one process: NATS with JetStream, a provider with a
 // gateway's front, the watcher and the record of replicas. It listens on
-// loopback only. Every function finds nats_url and gateway_url in its
-// environment, and a key to sign with, of which sheaf's functions make use.
+// loopback only. Every function finds nats_url, gateway_url and replicas_url in
+// its environment, and a key to sign with, of which sheaf's functions make use.
 // They take what is not signed, too: people call them by hand, and functions
 // that know nothing of sheaf work beside them.
 type Stack struct {
@@ -163,7 +163,7 @@ func Start(cfg Config) (_ *Stack, err error) {
 		}
 	}
 	s.ConnectorCreds = s.store.path("", natsSeedFile+roleConnector)
-	s.Provider.Env = map[string]string{"nats_url": s.NATS, "nats_creds": s.store.path("", natsSeedFile+roleFunctions), "gateway_url": cmp.Or(cfg.Gateway, s.URL),
+	s.Provider.Env = map[string]string{"nats_url": s.NATS, "nats_creds": s.store.path("", natsSeedFile+roleFunctions), "gateway_url": cmp.Or(cfg.Gateway, s.URL), "replicas_url": s.URL + "/replicas",
 		"sheaf_key_file": key, "sheaf_unsigned": "accept"}
 	if err := s.Provider.restore(); err != nil {
 		return nil, fmt.Errorf("start: %w", err)
@@ -188,7 +188,7 @@ func Start(cfg Config) (_ *Stack, err error) {
 			return nil, fmt.Errorf("start: gateway %s: %w", cfg.Gateway, err)
 		}
 	}
-	w := &registry.Watcher{Conn: watch, Provider: cmp.Or(s.before, s.api), Source: s.api, Log: s.log}
+	w := &registry.Watcher{Conn: watch, Provider: cmp.Or(s.before, s.api), Source: s.api, Durable: !s.brief, Log: s.log}
 	s.wg.Go(func() {
 		if err := w.Run(ctx); err != nil && ctx.Err() == nil {
 			s.errs <- err

@@ -50,7 +50,14 @@ func openStore(dir string) (_ *store, err error) {
 			s.close()
 		}
 	}()
-	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	// A process that is being started, between fork and exec, holds for a moment
+	// what its parent held, and may have given back.
+	err = syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	for end := time.Now().Add(time.Second); err == syscall.EWOULDBLOCK && time.Now().Before(end); {
+		time.Sleep(20 * time.Millisecond)
+		err = syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("folder %s is in use by another stack: %w", dir, err)
 	}
 	// Replicas and builds of a stack that was killed have left theirs.

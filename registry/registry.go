@@ -18,7 +18,6 @@ import (
 	"iter"
 	"log/slog"
 	"maps"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -34,6 +33,11 @@ const (
 	// Bucket is the JetStream key-value bucket that holds the records, under
 	// keys such as "worker.openfaas-fn".
 	Bucket = "sheaf-views"
+	// ChangesSubject, with a dot and a record's key after it, is where the watcher
+	// publishes each record that it has written, as JSON with its epoch; one whose
+	// function is gone has desired -1. These are messages of core NATS, for
+	// whoever listens: nats sub 'sheaf.changes.>'.
+	ChangesSubject = "sheaf.changes"
 	// ScaleSubject is where the watcher takes requests for more replicas.
 	ScaleSubject = "sheaf.scale"
 	// DefaultNamespace is the namespace of a function that names none.
@@ -283,18 +287,20 @@ func (r *Registry) Watch(ctx context.Context, function string) iter.Seq2[sheaf.V
 
 // Records returns all records, by function.
 func (r *Registry) Records() []Record {
-	list, _ := r.list()
+	list, _, _ := r.list()
 	return list
 }
 
-func (r *Registry) list() ([]Record, <-chan struct{}) {
+// list returns all records, whether the bucket has been read, and what is
+// closed at the next change.
+func (r *Registry) list() (list []Record, synced bool, changed <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	list := make([]Record, 0, len(r.records))
+	list = make([]Record, 0, len(r.records))
 	for _, k := range slices.Sorted(maps.Keys(r.records)) {
 		list = append(list, r.records[k])
 	}
-	return list, r.changed
+	return list, r.synced, r.changed
 }
 
 // scaleRequest asks for at least so many replicas.
@@ -333,28 +339,4 @@ func (r *Registry) AtLeast(ctx context.Context, function string, n int) (int, er
 		return 0, fmt.Errorf("ask the watcher for %d replicas of %s: %s", n, function, answer.Error)
 	}
 	return answer.Replicas, nil
-}
-
-// ServeHTTP shows the record: a JSON list of records, or with watch=true one
-// such list a line at each change, until the client leaves.
-func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	enc := json.NewEncoder(w)
-	if req.URL.Query().Get("watch") != "true" {
-		w.Header().Set("Content-Type", "application/json")
-		_ = enc.Encode(r.Records()) // the client may have left
-		return
-	}
-	w.Header().Set("Content-Type", "application/x-ndjson")
-	control := http.NewResponseController(w)
-	for {
-		list, changed := r.list()
-		if enc.Encode(list) != nil || control.Flush() != nil {
-			return
-		}
-		select {
-		case <-changed:
-		case <-req.Context().Done():
-			return
-		}
-	}
 }

@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -879,11 +880,12 @@ func TestServeHTTP(t *testing.T) {
 		}
 		return resp
 	}
+	// Nothing is known, which is not the same as that there is nothing.
 	resp := get("/")
-	body, err := io.ReadAll(resp.Body)
+	said, err := io.ReadAll(resp.Body)
 	resp.Body.Close()
-	if err != nil || string(body) != "[]\n" || resp.Header.Get("Content-Type") != "application/json" {
-		t.Errorf("an empty record is %q, %v, %v", body, resp.Header, err)
+	if err != nil || resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || !strings.Contains(string(said), "NATS") {
+		t.Errorf("a record that was not read is %d %q, %v, %v", resp.StatusCode, said, resp.Header, err)
 	}
 	resp = get("/?watch=true")
 	defer resp.Body.Close()
@@ -894,6 +896,9 @@ func TestServeHTTP(t *testing.T) {
 	next := func(want func([]registry.Record) bool) {
 		t.Helper()
 		for lines.Scan() {
+			if len(lines.Bytes()) == 0 { // a heartbeat
+				continue
+			}
 			var list []registry.Record
 			if err := json.Unmarshal(lines.Bytes(), &list); err != nil {
 				t.Fatal(err)
@@ -904,7 +909,6 @@ func TestServeHTTP(t *testing.T) {
 		}
 		t.Fatalf("the stream ended: %v", lines.Err())
 	}
-	next(func(l []registry.Record) bool { return len(l) == 0 })
 	w.set(view("worker", rep("d", 1, sheaf.Draining), rep("a", 1, sheaf.Ready)))
 	w.set(view("abc"))
 	b.watch(t, &registry.Watcher{Provider: w, Source: w, Period: 50 * time.Millisecond})
@@ -919,5 +923,82 @@ func TestServeHTTP(t *testing.T) {
 	var list []registry.Record
 	if err := json.NewDecoder(resp2.Body).Decode(&list); err != nil || len(list) != 1 {
 		t.Errorf("the list is %v, %v", list, err)
+	}
+
+	w.set(view("other", rep("o", 1, sheaf.Ready)))
+	for query, want := range map[string]string{
+		"/?function=worker": "worker", "/?function=worker.openfaas-fn": "worker", "/?replica=a": "worker", "/?replica=o": "other",
+	} {
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			var list []registry.Record
+			resp := get(query)
+			err := json.NewDecoder(resp.Body).Decode(&list)
+			resp.Body.Close()
+			if err == nil && len(list) == 1 && list[0].Function == want+".openfaas-fn" {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s answers %+v, %v", query, list, err)
+			}
+		}
+	}
+}
+
+// The changes as events, as a browser's EventSource reads them.
+func TestServeEvents(t *testing.T) {
+	t.Parallel()
+	b, w := newBroker(t), newWorld()
+	r := b.open(t)
+	ts := httptest.NewServer(r)
+	defer ts.Close()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, ts.URL+"/replicas?watch", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept", "text/event-stream")
+	resp, err := ts.Client().Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if ct := resp.Header.Get("Content-Type"); ct != "text/event-stream" {
+		t.Errorf("the stream is %s", ct)
+	}
+	b.watch(t, &registry.Watcher{Provider: w, Source: w, Period: 50 * time.Millisecond})
+	lines := bufio.NewScanner(resp.Body)
+	next := func() (event, data string) {
+		t.Helper()
+		for lines.Scan() {
+			line := lines.Text()
+			if e, ok := strings.CutPrefix(line, "event: "); ok {
+				event = e
+			}
+			if d, ok := strings.CutPrefix(line, "data: "); ok {
+				data = d
+			}
+			if line == "" && event != "" {
+				return event, data
+			}
+		}
+		t.Fatalf("the stream ended: %v", lines.Err())
+		return "", ""
+	}
+	for _, v := range []sheaf.View{view("worker", rep("a", 1, sheaf.Ready)), view("other"), view("worker", rep("b", 2, sheaf.Ready))} {
+		w.set(v)
+		for {
+			event, data := next()
+			var rec registry.Record
+			if err := json.Unmarshal([]byte(data), &rec); err != nil || event != "replicas" || rec.Function != v.Function+".openfaas-fn" || rec.Epoch == 0 {
+				t.Fatalf("event %s %s, %v; want the replicas of %+v", event, data, err, v)
+			}
+			// The provider's count may come before the source's word.
+			if len(rec.Replicas) == len(v.Replicas) && (len(rec.Replicas) == 0 || rec.Replicas[0].ID == v.Replicas[0].ID) {
+				break
+			}
+		}
+	}
+	w.set(sheaf.View{Function: "worker", Desired: -1})
+	if event, data := next(); event != "gone" || data != `{"function":"worker.openfaas-fn"}` {
+		t.Errorf("event %s %s, want that worker is gone", event, data)
 	}
 }

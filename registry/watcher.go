@@ -446,7 +446,23 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 		k.written = rec
 		k.written.Epoch = epoch
 		w.last = max(w.last, epoch)
+		w.publish(key, rec, epoch)
 		return nil
+	}
+}
+
+// publish tells listeners what was written. Those who must not miss it read the
+// bucket.
+func (w *Watcher) publish(key string, rec Record, epoch uint64) {
+	if rec.Epoch = epoch; epoch == 0 {
+		rec = Record{Function: key, Desired: -1}
+	}
+	body, err := json.Marshal(rec)
+	if err == nil {
+		err = w.Conn.Publish(ChangesSubject+"."+key, body)
+	}
+	if err != nil {
+		w.Log.Debug("change of replicas is not published", "function", key, "err", err)
 	}
 }
 

@@ -25,7 +25,8 @@ var rooms = map[string]struct{ own, modules []string }{
 	"internal/wire":     {own: []string{""}},
 	"internal/http1":    {},
 	"internal/egress":   {own: []string{"internal/wire"}},
-	"internal/serve":    {own: []string{"internal/http1", "internal/wire"}},
+	"internal/peer":     {own: []string{""}},
+	"internal/serve":    {own: []string{"", "internal/http1", "internal/peer", "internal/wire"}},
 
 	"internal/routetest": {own: []string{"", "internal/wire"}},
 
@@ -36,7 +37,7 @@ var rooms = map[string]struct{ own, modules []string }{
 		"github.com/nats-io/nats-server/v2", "github.com/nats-io/nats-streaming-server", "go.uber.org/goleak"}},
 
 	// Adapters, each to one neighbour.
-	"worker":   {own: []string{"", "internal/serve", "internal/wire"}},
+	"worker":   {own: []string{"", "internal/peer", "internal/serve", "internal/wire"}},
 	"direct":   {own: []string{"", "internal/http1", "internal/wire"}},
 	"gateway":  {own: []string{"", "internal/wire"}, modules: []string{"github.com/openfaas/faas-provider", "github.com/openfaas/go-sdk"}},
 	"registry": {own: []string{""}, modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider"}},

@@ -56,6 +56,8 @@ type Handler struct {
 
 	signer   *wire.Signer // nil when nothing is signed
 	function string       // that this is, for its signatures
+
+	siblings *siblings // nil when they are not known
 }
 
 var _ http.Handler = (*Handler)(nil)
@@ -81,7 +83,8 @@ func CallOf(ctx context.Context) Call {
 // call is what a context holds.
 type call struct {
 	Call
-	saved []byte
+	saved    []byte
+	siblings *siblings
 }
 
 // Saved returns what the Func has saved of its work at this block when it was
@@ -120,7 +123,8 @@ func Reject(err error) error { return rejection{err} }
 // that f may take), read_timeout (for a block to arrive), write_timeout (for
 // running calls to end after SIGTERM), healthcheck_interval (how long new calls
 // are taken after SIGTERM), max_block (bytes), sheaf_key_file (a secret, with
-// which blocks and results are signed).
+// which blocks and results are signed), replicas_url (where the record of
+// replicas is, for calls of ranks and [Siblings]).
 func Main(f Func) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
 		s, err := Env(f, getenv)
@@ -143,6 +147,7 @@ func Env(f Func, getenv func(string) string) (*serve.Server, error) {
 		MaxTime:     v.Duration("exec_timeout", 0),
 		signer:      s.Signer,
 		function:    s.Function,
+		siblings:    newSiblings(s),
 	}
 	return s, v.Err
 }
@@ -279,7 +284,7 @@ func (h *Handler) work(parent context.Context, a serve.Admission, header http.He
 			fmt.Sprintf("the block arrived damaged: %v; send it again", err))
 	}
 	e := a.Envelope
-	what := call{Call: Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch, Trace: e.Trace}}
+	what := call{Call: Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch, Trace: e.Trace}, siblings: h.siblings}
 	what.saved, data = data[:e.Saved:e.Saved], data[e.Saved:]
 	ctx := context.WithValue(parent, callKey{}, what)
 	limit := e.Left

@@ -57,6 +57,9 @@ func ps(ctx context.Context, args []string, s std) error {
 	lines := bufio.NewScanner(body)
 	lines.Buffer(nil, 64<<20)
 	for lines.Scan() {
+		if len(lines.Bytes()) == 0 { // a heartbeat
+			continue
+		}
 		if *output == "json" {
 			if _, err := fmt.Fprintf(s.out, "%s\n", lines.Bytes()); err != nil {
 				return err

@@ -7,6 +7,8 @@
 //	/_/ready    200; 429 when max_inflight calls are running, 503 while draining
 //	/_/sheaf    who this is, as JSON: function, replica, version, wire, inflight
 //
+//	/-/K/...    whatever the replica of rank K answers to /...
+//
 // Everything else goes to the function's handler: through net/http, or, for the
 // blocks of a [BlockHandler], on a shorter way.
 package serve
@@ -21,16 +23,19 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httputil"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/sheaf-project/sheaf/internal/peer"
 	"github.com/sheaf-project/sheaf/internal/wire"
 )
 
@@ -49,11 +54,18 @@ type Server struct {
 	Linger time.Duration
 	// Grace is how long running calls then have to end. 0 means 30 seconds.
 	Grace time.Duration
+	// Peers knows the other replicas of the function, for calls of ranks; nil
+	// means that they are not known. Serve closes it in the end.
+	Peers *peer.Book
 	Log   *slog.Logger // nil means slog.Default
 	// Signer is for whoever signs or checks blocks and results; nil when they
 	// are not signed.
 	Signer *wire.Signer
 
+	once     sync.Once // for what follows
+	peers    *http.Transport
+	through  *httputil.ReverseProxy
+	hops     atomic.Int64
 	inflight atomic.Int64
 	draining atomic.Bool
 }
@@ -61,9 +73,10 @@ type Server struct {
 // Env reads a Server from a function's environment: port (8080) or
 // sheaf_listen (host:port), max_inflight, healthcheck_interval (2s; the
 // Linger), write_timeout (the Grace), OPENFAAS_NAME or sheaf_function,
-// sheaf_replica or HOSTNAME, sheaf_version (that of the build), and what
-// [Vars.Signer] reads. The error names the variable, its value and what was
-// expected.
+// sheaf_replica or HOSTNAME, sheaf_version (that of the build), what
+// [Vars.Signer] reads, and replicas_url (where the record of replicas is;
+// OPENFAAS_NAMESPACE is part of the function's name there). The error names the
+// variable, its value and what was expected.
 func Env(getenv func(string) string) (*Server, error) {
 	v := Vars{Getenv: getenv}
 	s := &Server{
@@ -81,6 +94,16 @@ func Env(getenv func(string) string) (*Server, error) {
 	}
 	if s.Signer = v.Signer(); s.Signer != nil && s.Function == "" {
 		v.fail("sheaf_function", "", "the function's name, because sheaf_key_file is set and signatures are over it")
+	}
+	if record := getenv("replicas_url"); record != "" {
+		function := s.Function
+		if ns := getenv("OPENFAAS_NAMESPACE"); function != "" && ns != "" && !strings.Contains(function, ".") {
+			function += "." + ns
+		}
+		var err error
+		if s.Peers, err = peer.NewBook(record, function, s.Replica); err != nil {
+			v.fail("replicas_url", record, "a URL such as http://sheaf-connector.openfaas:8081/replicas")
+		}
 	}
 	return s, v.Err
 }
@@ -251,6 +274,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		IdleTimeout:       idleTimeout,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+	defer s.forget()
 	serve, shutdown, closeAll := func() error { return srv.Serve(l) }, srv.Shutdown, srv.Close
 	if h, ok := s.Handler.(BlockHandler); ok {
 		b := newBlocks(base, s, h, srv, log, l)
@@ -290,8 +314,18 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return err
 }
 
-// ServeHTTP answers the paths under /_/ and passes the rest to Handler, unless
-// it is another replica's mail (421) or one call too many (429).
+// forget ends what the Server holds open to other replicas.
+func (s *Server) forget() {
+	if s.Peers != nil {
+		s.Peers.Close()
+	}
+	s.proxy()
+	s.peers.CloseIdleConnections()
+}
+
+// ServeHTTP answers the paths under /_/, passes calls of a rank on to it, and
+// the rest to Handler, unless it is another replica's mail (421) or one call
+// too many (429).
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.Replica != "" {
 		w.Header()[wire.Replica] = []string{s.Replica}
@@ -307,6 +341,15 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.identity(w)
 		return
 	}
+	if strings.HasPrefix(r.URL.Path, rankPath) && r.Header[wire.Hop] == nil {
+		s.byRank(w, r)
+		return
+	}
+	s.serve(w, r)
+}
+
+// serve passes a call to the function.
+func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	if p := s.misdirected(r.Header); p != nil {
 		refuse(w, p)
 		return

@@ -30,6 +30,7 @@ const (
 	Epoch    = "Sheaf-Epoch"    // of the view
 	Rank     = "Sheaf-Rank"     // of the addressee in the view, from 0
 	Size     = "Sheaf-Size"     // of the view
+	Hop      = "Sheaf-Hop"      // a replica passed the request on by its rank; it is not passed on again
 	Deadline = "Sheaf-Deadline" // milliseconds left for the attempt, so clocks need not agree
 	Replica  = "Sheaf-Replica"  // in an answer: the ID of the replica that gave it
 	Saved    = "Sheaf-Saved"    // bytes at the start of the body that the handler saved; 0 says that it may
@@ -67,6 +68,8 @@ const (
 	CodeSlow         = "upload_too_slow"
 	CodeNoFunction   = "function_not_found"
 	CodeNoReplicas   = "no_replicas"
+	CodeNoRank       = "no_such_rank"
+	CodeNoRecord     = "replicas_unknown" // the record of replicas cannot be read
 	CodeBadFunction  = "bad_function_name"
 	CodeUnreachable  = "replica_unreachable"
 	CodeBadParameter = "bad_parameter"
