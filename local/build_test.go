@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -54,9 +55,7 @@ const says = %q
 // with returns files with one changed, or with "" removed.
 func with(files map[string]string, name, content string) map[string]string {
 	changed := map[string]string{}
-	for n, c := range files {
-		changed[n] = c
-	}
+	maps.Copy(changed, files)
 	if changed[name] = content; content == "" {
 		delete(changed, name)
 	}
