@@ -374,7 +374,7 @@ func TestDrain(t *testing.T) {
 	if got := <-answer; got != "slept <nil>" {
 		t.Errorf("the running call ended with %q", got)
 	}
-	eventually(t, time.Second, "the end", func() bool { return !alive(pid) })
+	eventually(t, 20*time.Second, "the end", func() bool { return !alive(pid) })
 	if log := m.lines("name=f"); !slices.Contains(log, "told to end") {
 		t.Errorf("it was not told by SIGTERM: %q", log)
 	}

@@ -1,6 +1,8 @@
 package test
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -29,6 +31,10 @@ func runWatchdog(program string) {
 		cmd.Stdin = r.Body
 		out, err := cmd.Output()
 		w.Header().Set("X-Duration-Seconds", "0.001")
+		if os.Getenv("digest") != "" {
+			sum := sha256.Sum256(out)
+			w.Header().Set("Content-Digest", "sha-256=:"+base64.StdEncoding.EncodeToString(sum[:])+":")
+		}
 		switch {
 		case err != nil:
 			http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -151,8 +157,10 @@ func TestShellWorker(t *testing.T) {
 		"noop.sh":   "#!/usr/bin/env -S sheaf serve /nosuch\n",
 	})
 	b.deploy("plain", "watchdog/count.sh", 3)
+	b.deploy("digested", "watchdog/count.sh", 3, map[string]string{"digest": "1"})
 	b.deploy("served", "count.sh", 3)
 	b.countsBy("plain", false)
+	b.countsBy("digested", true)
 	b.countsBy("served", true)
 
 	// A block without words has an empty result.
