@@ -266,8 +266,12 @@ func Connect(url string, o Options) (*nats.Conn, error) {
 		}),
 		nats.ReconnectHandler(func(nc *nats.Conn) { log.Info("NATS is back", "server", nc.ConnectedServerName()) }),
 		nats.ErrorHandler(func(_ *nats.Conn, s *nats.Subscription, err error) {
-			if s != nil && !errors.Is(err, nats.ErrSlowConsumer) { // of which the bus tells more
+			switch {
+			case errors.Is(err, nats.ErrSlowConsumer): // of which the bus tells more
+			case s != nil:
 				log.Warn("NATS", "subject", s.Subject, "err", err)
+			default: // such as what permissions do not allow
+				log.Warn("NATS", "err", err)
 			}
 		}),
 	}

@@ -5,6 +5,7 @@ package broker_test
 // the table of guarantees can be believed.
 
 import (
+	"context"
 	"errors"
 	"os"
 	"strings"
@@ -32,6 +33,7 @@ func TestBus(t *testing.T) {
 				{"a group shares", groupShares},
 				{"no outcome: it comes again", comesAgain},
 				{"given back: it comes again", givenBack},
+				{"a member dies: another gets what it had", memberDies},
 				{"what waits is delivered later", waits},
 				{"long work is not delivered twice", longWork},
 				{"wildcards", wildcards},
@@ -137,6 +139,40 @@ func comesAgain(t *testing.T, r *rig) {
 		t.Errorf("came %q, delivery %d", again.Data, again.Delivery)
 	}
 	_ = again.Ack()
+}
+
+// A member that is gone without a word has told no outcome.
+func memberDies(t *testing.T, r *rig) {
+	var nc *nats.Conn
+	b := r.open(func(c *broker.Config) { nc = c.Conn })
+	c := make(chan *broker.Message, 100)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = b.Subscribe(ctx, "orders.new", func(m *broker.Message) { c <- m }) }()
+	bustest.Until(t, "the subscription", func() bool { return r.Listeners("orders.new") > 0 })
+	r.publish("orders.new", "x")
+	had := receive(t, c, "the message")
+	nc.Close()
+	d := make(chan *broker.Message, 100)
+	other := r.open()
+	r.subscribe(other, "orders.new", func(m *broker.Message) { d <- m })
+	if other.Guarantees().Acks {
+		m := receive(t, d, "the message again")
+		if string(m.Data) != "x" || m.Delivery < 2 {
+			t.Errorf("came %q, delivery %d", m.Data, m.Delivery)
+		}
+		_ = m.Ack()
+	} else {
+		nothing(t, d, time.Second, "a bus without outcomes")
+	}
+	_ = had.Ack() // too late, and harmless
+	cancel()
+	select {
+	case <-ended:
+	case <-time.After(soon):
+		t.Error("Subscribe did not end")
+	}
 }
 
 func merge(a, b <-chan *broker.Message) <-chan *broker.Message {
@@ -355,6 +391,21 @@ func TestCovers(t *testing.T) {
 	}
 	if got := broker.Cover([]string{"a.b", "a.*", "c", "c", "a.b.c", "x.*.z", "x.y.*"}); strings.Join(got, " ") != "a.* a.b.c c x.*.z x.y.*" {
 		t.Errorf("Cover: %v", got)
+	}
+}
+
+func TestOverlap(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		a, b string
+		want bool
+	}{
+		{"a.*.c", "a.b.*", true}, {"a.b", "a.b", true}, {"a.b", "a.c", false}, {"a.>", "a", false}, {"a.>", "a.b", true}, {"a.*", "a.b.c", false},
+		{"a.*.>", "a.b.c.d", true}, {"a.*.c", "*.b.c", true}, {"a.>", "b.>", false},
+	} {
+		if broker.Overlap(c.a, c.b) != c.want || broker.Overlap(c.b, c.a) != c.want {
+			t.Errorf("Overlap(%q, %q) is not %v", c.a, c.b, c.want)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -143,7 +144,7 @@ func (c *core) Redrive(ctx context.Context, topic string) (int, error) {
 			return n, nil
 		}
 		h := Header(raw.Header).Clone()
-		to := h.Get(HeaderTopic)
+		to := strings.TrimPrefix(raw.Subject, c.Config.Dead+".")
 		h.Del(HeaderReason)
 		h.Del(HeaderTopic)
 		if err := c.publish(ctx, to, h, raw.Data); err != nil {

@@ -89,7 +89,7 @@ func (s *streams) hold(ctx context.Context, topic string) (jetstream.Stream, err
 			return nil, fmt.Errorf("open stream %s: %w", s.Stream, err)
 		}
 		cfg := old.CachedInfo().Config
-		cfg.Subjects = Cover(append(slices.Clone(cfg.Subjects), topic))
+		cfg.Subjects = disjoint(append(slices.Clone(cfg.Subjects), topic))
 		changed, err := s.js.UpdateStream(ctx, cfg)
 		if err != nil {
 			return nil, fmt.Errorf("have stream %s hold %s: %w", s.Stream, topic, err)
@@ -110,7 +110,7 @@ func (s *streams) durable(topic string) string {
 
 // consumer makes or finds the durable consumer of a topic. A new one begins at
 // what is published from now on, or where the group had stopped in topics that
-// this one covers, or that cover it.
+// this one overlaps with: whatever waits for them may become this one's.
 func (s *streams) consumer(ctx context.Context, held jetstream.Stream, topic string) (jetstream.Consumer, error) {
 	cfg := jetstream.ConsumerConfig{
 		Durable: s.durable(topic), Description: "connector, topic " + topic, FilterSubject: topic,
@@ -122,7 +122,7 @@ func (s *streams) consumer(ctx context.Context, held jetstream.Stream, topic str
 	case errors.Is(err, jetstream.ErrConsumerNotFound):
 		list := held.ListConsumers(ctx)
 		for info := range list.Info() {
-			if info.Config.Metadata["sheaf-group"] != s.Group || !Covers(topic, info.Config.FilterSubject) && !Covers(info.Config.FilterSubject, topic) {
+			if info.Config.Metadata["sheaf-group"] != s.Group || !Overlap(topic, info.Config.FilterSubject) {
 				continue
 			}
 			if next := info.AckFloor.Stream + 1; cfg.OptStartSeq == 0 || next < cfg.OptStartSeq {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -246,7 +247,7 @@ func (s *streaming) Redrive(ctx context.Context, topic string) (n int, err error
 				return n, nil // it has failed again
 			}
 			h, data := unseal(m.Data)
-			to := h.Get(HeaderTopic)
+			to := strings.TrimPrefix(m.Subject, s.Dead+".")
 			h.Del(HeaderReason)
 			h.Del(HeaderTopic)
 			if err := s.publish(ctx, to, h, data); err != nil {

@@ -67,3 +67,58 @@ func Cover(topics []string) []string {
 	slices.Sort(cover)
 	return slices.Compact(cover)
 }
+
+// Overlap says whether some subject is both topics'.
+func Overlap(a, b string) bool {
+	x, y := strings.Split(a, "."), strings.Split(b, ".")
+	for i := range min(len(x), len(y)) {
+		switch {
+		case x[i] == ">", y[i] == ">":
+			return true
+		case x[i] != y[i] && x[i] != "*" && y[i] != "*":
+			return false
+		}
+	}
+	return len(x) == len(y)
+}
+
+// disjoint returns topics that cover all those given, and of which no two
+// overlap, as a stream needs them: of two that do it makes one that is wider.
+func disjoint(topics []string) []string {
+	for {
+		topics = Cover(topics)
+		i, j := overlapping(topics)
+		if i < 0 {
+			return topics
+		}
+		topics = append(slices.Delete(slices.Clone(topics), j, j+1), widen(topics[i], topics[j]))
+	}
+}
+
+func overlapping(topics []string) (int, int) {
+	for i := range topics {
+		for j := i + 1; j < len(topics); j++ {
+			if Overlap(topics[i], topics[j]) {
+				return i, j
+			}
+		}
+	}
+	return -1, -1
+}
+
+// widen returns the narrowest topic that covers two which overlap.
+func widen(a, b string) string {
+	x, y := strings.Split(a, "."), strings.Split(b, ".")
+	var w []string
+	for i := range min(len(x), len(y)) {
+		switch {
+		case x[i] == ">" || y[i] == ">":
+			return strings.Join(append(w, ">"), ".")
+		case x[i] == y[i]:
+			w = append(w, x[i])
+		default:
+			w = append(w, "*")
+		}
+	}
+	return strings.Join(w, ".")
+}

@@ -92,6 +92,9 @@ type Connector struct {
 
 	caller  *wire.Caller
 	metrics *metrics
+	mu      sync.Mutex           // guards what follows
+	long    map[string]time.Time // topics that are listened to, and since when
+
 	opened  atomic.Bool // Bus is set
 	listens atomic.Bool // topics are known and listened to
 	failing atomic.Bool // the topics could not be asked for
@@ -189,11 +192,13 @@ func (c *Connector) Run(ctx context.Context) {
 				if running[topic] == nil {
 					listen, stop := context.WithCancel(ctx)
 					running[topic] = stop
+					c.note(topic, true)
 					wg.Go(func() { c.listen(listen, work, topic) })
 				}
 			}
 			for topic, stop := range running {
 				if !slices.Contains(want, topic) {
+					c.note(topic, false)
 					stop()
 					delete(running, topic)
 				}
@@ -206,6 +211,37 @@ func (c *Connector) Run(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+// note says that a topic is listened to from now on, or no longer.
+func (c *Connector) note(topic string, listened bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.long == nil {
+		c.long = map[string]time.Time{}
+	}
+	if delete(c.long, topic); listened {
+		c.long[topic] = time.Now()
+	}
+}
+
+// settled is how long a topic must have been listened to until it is trusted
+// to bring every message.
+const settled = 2 * time.Second
+
+// another says whether a message that came by a topic comes by another one,
+// too, that is to work on it: of topics that overlap, the first by name. In the
+// first seconds of a topic a message may be worked on twice, and is never left
+// to somebody who does not get it.
+func (c *Connector) another(topic, subject string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for other, since := range c.long {
+		if other < topic && time.Since(since) >= settled && broker.Covers(other, subject) {
+			return true
+		}
+	}
+	return false
 }
 
 // cover leaves out the topics that others cover, so that a message comes once;

@@ -134,6 +134,36 @@ func TestWildcardsAndSeveralTopics(t *testing.T) {
 	})
 }
 
+// A message that comes by two topics calls each function once, and gets one
+// answer.
+func TestTopicsThatOverlap(t *testing.T) {
+	t.Parallel()
+	for _, kind := range []broker.Type{broker.Core, broker.JetStream} { // the third knows no wildcards
+		t.Run(string(kind), func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, kind)
+			r.bind("f", "a.*.c", nil)
+			r.bind("g", "a.b.*", nil)
+			r.connect()
+			time.Sleep(2500 * time.Millisecond) // until both topics are trusted
+			s := r.set(r.ask("a.b.c", "x"))
+			if len(s.Results) != 2 || s.Code != "" {
+				t.Errorf("set is %+v", s)
+			}
+			if m := r.ask("a.x.c", "y"); string(m.Data) != "f got y" {
+				t.Errorf("answer is %q", m.Data)
+			}
+			if m := r.ask("a.b.x", "z"); string(m.Data) != "g got z" {
+				t.Errorf("answer is %q", m.Data)
+			}
+			time.Sleep(300 * time.Millisecond)
+			if f, g := r.called("f"), r.called("g"); len(f) != 2 || len(g) != 2 {
+				t.Errorf("f was called with %q, g with %q", f, g)
+			}
+		})
+	}
+}
+
 func TestTopicsChangeOnTheFly(t *testing.T) {
 	onAll(t, func(t *testing.T, r *rig) {
 		r.bind("f", "one", nil)
@@ -196,6 +226,43 @@ func TestFailuresAreTriedAgainThenBuried(t *testing.T) {
 			t.Errorf("good was called %d times", len(calls))
 		}
 	})
+}
+
+// A dead letter is its message with a reason, and so a little longer.
+func TestADeadLetterThatIsTooLong(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, broker.JetStream)
+	r.bind("f", "words", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, strings.Repeat("no ", 60), http.StatusUnprocessableEntity)
+	})
+	c, _ := r.connect()
+	front := httptest.NewServer(c.Front(nil))
+	defer front.Close()
+	counts := func(outcome, n string) bool {
+		resp, err := http.Get(front.URL + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(resp.Body)
+		return strings.Contains(string(body), `sheaf_messages_total{outcome="`+outcome+`",topic="words"} `+n+"\n")
+	}
+	r.Publish("words", nil, strings.Repeat("x", 1<<20-300)) // fits without the whole reason
+	bustest.Until(t, "the first is done with", func() bool { return counts("failed", "1") })
+	if counts("lost", "1") {
+		t.Error("a dead letter was lost that could have been kept")
+	}
+	r.Publish("words", nil, strings.Repeat("x", 1<<20-50)) // does not fit at all
+	bustest.Until(t, "the second is done with", func() bool { return counts("failed", "2") && counts("lost", "1") })
+	time.Sleep(300 * time.Millisecond)
+	if n := len(r.called("f")); n != 2 {
+		t.Errorf("the function was called %d times by 2 messages", n)
+	}
+	m, err := r.nc.Request(connector.RedriveSubject, []byte("words"), bustest.Soon)
+	if err != nil || !strings.Contains(string(m.Data), `"redriven":1`) {
+		t.Errorf("redrive: %v %v", m, err)
+	}
+	http.DefaultClient.CloseIdleConnections()
 }
 
 func TestTheGatewayIsAway(t *testing.T) {

@@ -40,6 +40,12 @@ type topicState struct {
 // connector cannot wait any longer.
 func (t *topicState) handle(ctx context.Context, m *broker.Message) {
 	c := t.c
+	// Core NATS gives a message to one subscription of a queue group, whatever
+	// their topics; JetStream has a consumer for each.
+	if m.Lasting() && c.another(t.name, m.Topic) {
+		_ = m.Ack() // if that is not heard it comes again, and is left to the other again
+		return
+	}
 	begun := time.Now()
 	c.metrics.inflight.WithLabelValues(t.name).Inc()
 	ctx, span := c.Tracer.Start(tracing.Extract(ctx, m.Header.Get), "message "+t.name, trace.WithSpanKind(trace.SpanKindConsumer),
@@ -106,9 +112,11 @@ func (t *topicState) settle(ctx context.Context, m *broker.Message, set Results)
 			}
 			dead.Header.Set(HeaderFunctions, strings.Join(names, ","))
 		}
-		if !c.bury(ctx, dead, set.Error) {
-			if back, err := m.Again(); back && err == nil {
-				return // somebody may be able to, later
+		if ok, hopeless := c.bury(ctx, dead, set.Error); !ok {
+			if !hopeless {
+				if back, err := m.Again(); back && err == nil {
+					return // somebody may be able to, later
+				}
 			}
 			c.Log.Error("a message is lost", "topic", m.Topic, "bytes", len(m.Data), "why", set.Error)
 			c.metrics.messages.WithLabelValues(t.name, outcomeLost).Inc()
@@ -119,22 +127,36 @@ func (t *topicState) settle(ctx context.Context, m *broker.Message, set Results)
 	}
 }
 
-// bury tries for as long as ctx lets it, a minute at most.
-func (c *Connector) bury(ctx context.Context, m *broker.Message, reason string) bool {
+// bury tries for a minute. hopeless says that it will never be possible.
+func (c *Connector) bury(ctx context.Context, m *broker.Message, reason string) (ok, hopeless bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		err := c.Bus.Bury(ctx, m, reason)
 		if err == nil {
 			c.Log.Warn("a message was buried", "topic", m.Topic, "bytes", len(m.Data), "why", reason)
-			return true
+			return true, false
 		}
-		if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrConnectionClosed) || !sleep(ctx, wait) {
+		if errors.Is(err, nats.ErrMaxPayload) && (len(m.Header) > 1 || len(reason) > shortReason) {
+			// Its headers and the reason are what it is too long by.
+			only := m.Header.Get(HeaderFunctions)
+			m.Header = broker.Header{}
+			if only != "" {
+				m.Header.Set(HeaderFunctions, only)
+			}
+			reason = reason[:min(len(reason), shortReason)]
+			continue
+		}
+		if hopeless = errors.Is(err, nats.ErrMaxPayload); hopeless || errors.Is(err, nats.ErrConnectionClosed) || !sleep(ctx, wait) {
 			c.Log.Error("a message cannot be buried", "topic", m.Topic, "err", err)
-			return false
+			return false, hopeless
 		}
 	}
 }
+
+// shortReason is how long the reason in a dead letter may be that is almost too
+// long for NATS, in bytes.
+const shortReason = 100
 
 // giveBack is for a message that the connector cannot end in time.
 func (t *topicState) giveBack(m *broker.Message, set Results) string {

@@ -35,7 +35,7 @@ type platform struct {
 	broken    int                          // status of all answers; 0 means none
 }
 
-func newPlatform(t *testing.T) *platform {
+func newPlatform(t testing.TB) *platform {
 	p := &platform{functions: map[string]http.HandlerFunc{}, notes: map[string]map[string]string{}, calls: map[string][]string{}}
 	p.Server = httptest.NewServer(http.HandlerFunc(p.serve))
 	t.Cleanup(p.Close)
@@ -126,11 +126,11 @@ func quiet() *slog.Logger {
 type rig struct {
 	*bustest.Server
 	*platform
-	t  *testing.T
+	t  testing.TB
 	nc *nats.Conn // of a client
 }
 
-func newRig(t *testing.T, kind broker.Type) *rig {
+func newRig(t testing.TB, kind broker.Type) *rig {
 	t.Helper()
 	r := &rig{Server: bustest.Start(t, kind), platform: newPlatform(t), t: t}
 	r.nc = r.client()

@@ -86,7 +86,7 @@ var roles = []role{
 		noPublish: slices.Concat([]string{"$SYS.>", "$KV.>", "$O.>", "sheaf.async.>", "sheaf.job.>", registry.ScaleSubject, changesSubject,
 			"$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.ACCOUNT.>"},
 			changes(viewsStream), none(jobsStream, jobInputsStream, objectsStream, callStream, callbackStream, recordStream, resultStream, deadStream)),
-		subscribe:   []string{"> sheaf-connector", "sheaf.redrive sheaf-connector"},
+		subscribe:   []string{"> sheaf-connector", topicCancels}, // every connector hears of what is cancelled
 		noSubscribe: []string{"$SYS.>", "$KV.>", "$O.>", "$JS.>", "_INBOX.>", "sheaf.async.>", "sheaf.job.>", "sheaf.dead.>", registry.ScaleSubject},
 	},
 	{

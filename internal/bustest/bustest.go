@@ -46,14 +46,14 @@ type Server struct {
 	Kind broker.Type
 	URL  string
 
-	t      *testing.T
+	t      testing.TB
 	port   int
 	dir    string
 	server *server.Server
 	stan   *streaming.StanServer
 }
 
-func freePort(t *testing.T) int {
+func freePort(t testing.TB) int {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -64,7 +64,7 @@ func freePort(t *testing.T) int {
 }
 
 // Start starts a server, which ends with the test.
-func Start(t *testing.T, kind broker.Type) *Server {
+func Start(t testing.TB, kind broker.Type) *Server {
 	t.Helper()
 	s := &Server{Kind: kind, t: t, dir: t.TempDir(), port: freePort(t)}
 	s.URL = "nats://127.0.0.1:" + strconv.Itoa(s.port)
@@ -222,7 +222,7 @@ func (r *Server) Listeners(topic string) (n int) {
 }
 
 // Until waits for a condition.
-func Until(t *testing.T, what string, f func() bool) {
+func Until(t testing.TB, what string, f func() bool) {
 	t.Helper()
 	for begun := time.Now(); !f(); time.Sleep(10 * time.Millisecond) {
 		if time.Since(begun) > Soon {

@@ -225,7 +225,14 @@ func keptAlive(t *testing.T, open Open) {
 	if good != 60 || calls.Load() != 100 {
 		t.Errorf("%d good replies of %d calls, want 60 of 100", good, calls.Load())
 	}
-	if n := opened.Load(); n != 1 {
-		t.Errorf("100 calls one after another took %d connections, want 1", n)
+	most := int64(1)
+	if to.ID == "" {
+		// The front's client gives a connection up when it has not heard within
+		// 50 ms that the request was written, which happens on a busy machine. A
+		// kind of answer that costs a connection costs at least 20.
+		most = 10
+	}
+	if n := opened.Load(); n < 1 || n > most {
+		t.Errorf("100 calls one after another took %d connections, want %d at most", n, most)
 	}
 }
