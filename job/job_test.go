@@ -138,7 +138,7 @@ func state(t *testing.T, s *job.Store, id string, want job.State) job.Record {
 
 // block is the result that a test's block has.
 func block(i int) sheaf.Result {
-	return sheaf.Result{Index: i, Data: []byte(fmt.Sprintf("result of %d", i)), From: "w", Attempts: 1, Elapsed: time.Millisecond, Bytes: 7, Offset: int64(7 * i), Verified: true}
+	return sheaf.Result{Index: i, Data: fmt.Appendf(nil, "result of %d", i), From: "w", Attempts: 1, Elapsed: time.Millisecond, Bytes: 7, Offset: int64(7 * i), Verified: true}
 }
 
 func TestJob(t *testing.T) {

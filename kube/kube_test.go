@@ -144,7 +144,7 @@ func (c *cluster) write(service, number string) {
 		s := &discovery.EndpointSlice{
 			TypeMeta:    metav1.TypeMeta{Kind: "EndpointSlice", APIVersion: "discovery.k8s.io/v1"},
 			AddressType: family,
-			Ports:       []discovery.EndpointPort{{Name: ptr("http"), Port: ptr(int32(8080)), Protocol: ptr(core.ProtocolTCP)}},
+			Ports:       []discovery.EndpointPort{{Name: new("http"), Port: new(int32(8080)), Protocol: ptr(core.ProtocolTCP)}},
 		}
 		for _, key := range slices.Sorted(maps.Keys(c.pods[service])) {
 			p := c.pods[service][key]
@@ -189,14 +189,15 @@ func (c *cluster) write(service, number string) {
 func conditions(s sheaf.State) discovery.EndpointConditions {
 	switch s {
 	case sheaf.Ready:
-		return discovery.EndpointConditions{Ready: ptr(true), Serving: ptr(true), Terminating: ptr(false)}
+		return discovery.EndpointConditions{Ready: new(true), Serving: new(true), Terminating: new(false)}
 	case sheaf.Draining:
-		return discovery.EndpointConditions{Ready: ptr(false), Serving: ptr(true), Terminating: ptr(true)}
+		return discovery.EndpointConditions{Ready: new(false), Serving: new(true), Terminating: new(true)}
 	}
-	return discovery.EndpointConditions{Ready: ptr(false), Serving: ptr(false), Terminating: ptr(false)}
+	return discovery.EndpointConditions{Ready: new(false), Serving: new(false), Terminating: new(false)}
 }
 
-func ptr[T any](v T) *T { return &v }
+//go:fix inline
+func ptr[T any](v T) *T { return new(v) }
 
 // truth is what a reader should know, without Services that have no pods.
 func (c *cluster) truth() map[string][]sheaf.Replica {
@@ -604,7 +605,7 @@ func TestReplicasOfSlices(t *testing.T) {
 		{"conditions that are not set are true", []*discovery.EndpointSlice{slice("1", v4, nil, at("10.0.0.1", discovery.EndpointConditions{}, ref("a", "1")))},
 			[]string{"a http://10.0.0.1:8080 ready"}},
 		{"a Service that publishes pods which are not ready", []*discovery.EndpointSlice{slice("1", v4, nil,
-			at("10.0.0.1", discovery.EndpointConditions{Ready: ptr(true), Serving: ptr(false)}, ref("a", "1")))},
+			at("10.0.0.1", discovery.EndpointConditions{Ready: new(true), Serving: new(false)}, ref("a", "1")))},
 			[]string{"a http://10.0.0.1:8080 starting"}},
 		{"without a pod the address is the ID", []*discovery.EndpointSlice{slice("1", v4, nil, at("10.0.0.1", ready, nil),
 			at("10.0.0.2", ready, &core.ObjectReference{Kind: "Node", Name: "n"}))},

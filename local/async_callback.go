@@ -15,6 +15,7 @@ import (
 	"maps"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -178,7 +179,8 @@ const SignatureHeader = "X-Sheaf-Signature"
 // each of its lines.
 func sign(key []byte, now time.Time, body []byte) string {
 	t := strconv.FormatInt(now.Unix(), 10)
-	header := "t=" + t
+	var header strings.Builder
+	header.WriteString("t=" + t)
 	for line := range bytes.Lines(key) { // two while they rotate: the receiver knows one of them
 		if line = bytes.TrimRight(line, "\r\n"); len(line) == 0 {
 			continue
@@ -186,9 +188,9 @@ func sign(key []byte, now time.Time, body []byte) string {
 		mac := hmac.New(sha256.New, line)
 		mac.Write([]byte(t + "."))
 		mac.Write(body)
-		header += ",v1=" + hex.EncodeToString(mac.Sum(nil))
+		header.WriteString(",v1=" + hex.EncodeToString(mac.Sum(nil)))
 	}
-	return header
+	return header.String()
 }
 
 // callbackPolicy is where callbacks may go.

@@ -350,17 +350,17 @@ func TestControl18NoSecretInAnyOutput(t *testing.T) {
 		}
 		secrets[name] = strings.TrimSpace(string(text))
 	}
-	arguments := ""
+	var arguments strings.Builder
 	for _, pid := range append(functions(t, cmd.Process.Pid), fmt.Sprint(cmd.Process.Pid)) {
 		for _, what := range []string{"cmdline", "environ"} {
 			text, _ := os.ReadFile(filepath.Join("/proc", pid, what)) // it may have ended
-			arguments += string(text)
+			arguments.WriteString(string(text))
 		}
 	}
 	_ = cmd.Process.Signal(os.Interrupt)
 	_ = cmd.Wait()
 	for name, secret := range secrets {
-		for where, text := range map[string]string{"sheaf up": out.String(), "answers": said.String(), "arguments and environments": arguments} {
+		for where, text := range map[string]string{"sheaf up": out.String(), "answers": said.String(), "arguments and environments": arguments.String()} {
 			if strings.Contains(text, secret) {
 				i := strings.Index(text, secret)
 				t.Errorf("%s stands in %s: %q", name, where, text[max(0, i-200):min(len(text), i+60)])

@@ -34,13 +34,13 @@ func upTopics(t *testing.T, args ...string) (url string, nc *nats.Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Signal(syscall.SIGTERM); _ = cmd.Wait() })
-	said := ""
+	var said strings.Builder
 	in := bufio.NewReader(errs)
 	for {
 		line, err := in.ReadString('\n')
-		said += line
+		said.WriteString(line)
 		if err != nil {
-			t.Fatalf("sheaf up ended: %v\n%s", err, said)
+			t.Fatalf("sheaf up ended: %v\n%s", err, said.String())
 		}
 		if m := regexp.MustCompile(`sheaf is up at (http://\S+) `).FindStringSubmatch(line); m != nil {
 			url = m[1]

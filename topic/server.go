@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -249,9 +250,7 @@ func (c *call) work(ctx context.Context, m *nats.Msg) (in, out int, err error) {
 	}
 	buf := make([]byte, size)
 	head := frame(c.to, frameAnswer, nil)
-	for name, values := range resp.Header {
-		head.Header[name] = values
-	}
+	maps.Copy(head.Header, resp.Header)
 	head.Header[headerFrame] = []string{frameAnswer}
 	head.Header[headerStatus] = []string{strconv.Itoa(resp.StatusCode)}
 	if resp.ContentLength >= 0 {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -94,9 +95,7 @@ func TestControl02StatesAreNoResults(t *testing.T) {
 	turned := func(w http.ResponseWriter, r *http.Request) {
 		a := httptest.NewRecorder()
 		s.ServeHTTP(a, r)
-		for name, v := range a.Header() {
-			w.Header()[name] = v
-		}
+		maps.Copy(w.Header(), a.Header())
 		w.Header().Del(wire.Saved)
 		if a.Code == http.StatusAccepted {
 			a.Code = http.StatusOK
