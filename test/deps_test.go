@@ -67,7 +67,9 @@ var rooms = map[string]struct{ own, modules []string }{
 	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},
 	"cmd/connector": {own: []string{"broker", "connector", "gateway", "internal/serve", "internal/wire", "kube", "registry", "tracing"},
 		modules: []string{"github.com/nats-io/nats.go"}},
-	"cmd/sheaf": {own: []string{"", "broker", "connector", "tracing", "functions/wordcount", "gateway", "local", "master", "registry", "worker"},
+	"internal/bench": {own: []string{"", "direct", "functions/wordcount", "internal/wire", "worker"},
+		modules: []string{"github.com/nats-io/nats.go", "github.com/nats-io/nats-server/v2"}},
+	"cmd/sheaf": {own: []string{"", "broker", "connector", "tracing", "functions/wordcount", "gateway", "internal/bench", "local", "master", "registry", "worker"},
 		modules: []string{"github.com/nats-io/nats.go", "github.com/openfaas/faas-provider", "go.opentelemetry.io/otel", "go.opentelemetry.io/otel/trace", "golang.org/x/term", "gopkg.in/yaml.v3"}},
 	"test": {},
 }

@@ -286,7 +286,6 @@ func (h *Handler) work(parent context.Context, a serve.Admission, header http.He
 	e := a.Envelope
 	what := call{Call: Call{Job: e.Job, Attempt: e.Attempt, Rank: e.Rank, Size: e.Size, Epoch: e.Epoch, Trace: e.Trace}, siblings: h.siblings}
 	what.saved, data = data[:e.Saved:e.Saved], data[e.Saved:]
-	ctx := context.WithValue(parent, callKey{}, what)
 	limit := e.Left
 	if limit > 0 { // the caller counts from when it began to send
 		limit = max(limit-time.Since(begun), time.Millisecond)
@@ -294,13 +293,11 @@ func (h *Handler) work(parent context.Context, a serve.Admission, header http.He
 	if h.MaxTime > 0 && (limit == 0 || h.MaxTime < limit) {
 		limit = h.MaxTime
 	}
-	var cancel context.CancelFunc
+	ctx := &blockCtx{parent: parent, call: what}
 	if limit > 0 {
-		ctx, cancel = context.WithTimeout(ctx, limit)
-	} else {
-		ctx, cancel = context.WithCancel(ctx)
+		ctx.deadline = time.Now().Add(limit)
 	}
-	defer cancel()
+	defer ctx.end()
 	result, err = h.call(ctx, sheaf.Block{Index: e.Block, Data: data})
 	for part, ok := errors.AsType[saved](err); ok; part, ok = errors.AsType[saved](err) {
 		if e.MaySave {

@@ -16,6 +16,7 @@ import (
 	"syscall"
 
 	"github.com/sheaf-project/sheaf/functions/wordcount"
+	"github.com/sheaf-project/sheaf/internal/bench"
 	"github.com/sheaf-project/sheaf/master"
 	"github.com/sheaf-project/sheaf/worker"
 )
@@ -40,6 +41,9 @@ func main() {
 		case "master":
 			master.Main(master.Job{New: func() master.Answer { return new(wordcount.Counts) }, Line: wordcount.Line})
 		}
+	}
+	if len(os.Args) == 3 && os.Args[1] == bench.Command {
+		os.Exit(bench.Peer(os.Args[2]))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	// A reader that leaves (| head) shall not end the process before it has
@@ -94,6 +98,7 @@ Usage: sheaf COMMAND [FLAGS]
   cancel ID    end a job
   redrive ID   run those blocks of a failed job again that have no result
 
+  bench       measure sheaf side by side with what else one could build
   version     print the version
   help        print this; sheaf COMMAND -h prints a command's flags
 
@@ -135,6 +140,8 @@ func run(ctx context.Context, args []string, s std) error {
 		return jobCommand("cancel", http.MethodDelete, "", "sheaf cancel 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
 	case "redrive":
 		return jobCommand("redrive", http.MethodPost, "/redrive", "sheaf redrive 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
+	case "bench":
+		return benchmark(ctx, args[1:], s)
 	case "version", "--version", "-version":
 		fmt.Fprintln(s.out, "sheaf", version)
 		return nil

@@ -50,7 +50,6 @@ type Admission struct {
 const (
 	headTimeout = 5 * time.Second // for a head to arrive
 	idleTimeout = 3 * time.Minute // longer than a route keeps an idle connection
-	lookAfter   = 10 * time.Millisecond
 	bufferSize  = 8 << 10
 	together    = 16 << 10 // a result up to this long is sent in one piece with its head
 )
@@ -177,14 +176,13 @@ type blockConn struct {
 
 	readBy, writeBy time.Time // deadlines that are set; zero is none
 
-	ctx      context.Context // ends when the caller has gone
-	cancel   context.CancelCauseFunc
-	watching bool
-	look     *time.Timer
-	looked   chan struct{} // has a token when look's goroutine is done
+	ctx    context.Context // ends when the caller has gone
+	cancel context.CancelCauseFunc
+	looked chan struct{} // has a token when lookOut is done
 
-	mu     sync.Mutex // guards enough
-	enough bool       // there is no need to look
+	mu      sync.Mutex // guards what follows
+	working bool       // on a block
+	looks   bool       // lookOut runs
 }
 
 func (c *blockConn) serve() {
@@ -279,9 +277,9 @@ func (c *blockConn) block(begun time.Time) bool {
 	if readErr != nil {
 		c.last = true // where the next request would begin is not known
 	}
-	c.watch()
-	result, more, p := c.f.handler.ServeBlock(c.ctx, c.admission, c.head.Header, data, readErr, begun)
-	c.watched()
+	c.begin()
+	result, more, p := c.f.handler.ServeBlock(callerCtx{c.ctx, c}, c.admission, c.head.Header, data, readErr, begun)
+	c.end()
 	if c.ctx.Err() != nil && c.f.base.Err() == nil {
 		return false // nobody is there to be answered
 	}
@@ -344,52 +342,65 @@ func (c *blockConn) send(b, body []byte) bool {
 	return err == nil && !c.last
 }
 
-// watch begins to watch for the caller to leave, which matters only where the
-// work takes its time.
-func (c *blockConn) watch() {
-	if c.last || c.r.Buffered() > 0 { // it sent all, or more: it is there
-		return
+// callerCtx is the context that blocks of a connection get. It watches for the
+// caller to leave from when somebody first asks: most handlers never do, and a
+// watch costs more than a small block.
+type callerCtx struct {
+	context.Context
+	c *blockConn
+}
+
+func (x callerCtx) Done() <-chan struct{} {
+	x.c.look()
+	return x.Context.Done()
+}
+
+func (x callerCtx) Err() error {
+	x.c.look()
+	return x.Context.Err()
+}
+
+// begin and end stand around the work on a block.
+func (c *blockConn) begin() {
+	c.mu.Lock()
+	c.working = true
+	c.mu.Unlock()
+}
+
+func (c *blockConn) end() {
+	c.mu.Lock()
+	c.working = false
+	looks := c.looks
+	if looks {
+		_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // long ago
 	}
-	c.watching = true
-	if c.look == nil {
-		c.look = time.AfterFunc(lookAfter, c.lookOut)
-	} else {
-		c.look.Reset(lookAfter)
+	c.mu.Unlock()
+	if looks {
+		<-c.looked
+		c.looks = false
+		c.readBy = time.Time{} // so that it is set anew
 	}
 }
 
-// watched ends what watch began.
-func (c *blockConn) watched() {
-	if !c.watching {
+// look begins to watch for the caller to leave, while a block is worked on.
+func (c *blockConn) look() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.working || c.looks || c.last {
 		return
 	}
-	c.watching = false
-	if c.look.Stop() {
-		return // it has not begun to look
-	}
-	c.mu.Lock()
-	c.enough = true
-	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // long ago
-	c.mu.Unlock()
-	<-c.looked
-	c.enough = false
-	c.readBy = time.Time{} // so that it is set anew
+	c.looks = true
+	_ = c.nc.SetReadDeadline(time.Time{})
+	go c.lookOut()
 }
 
 // lookOut waits for anything to come: at this time that is the end of the
 // connection, or the next request, which stays where it is.
 func (c *blockConn) lookOut() {
-	defer func() { c.looked <- struct{}{} }()
-	c.mu.Lock()
-	if c.enough {
-		c.mu.Unlock()
-		return
-	}
-	_ = c.nc.SetReadDeadline(time.Time{})
-	c.mu.Unlock()
 	if _, err := c.r.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		c.cancel(errLeft)
 	}
+	c.looked <- struct{}{}
 }
 
 var errLeft = errors.New("the caller has left")
