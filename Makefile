@@ -1,7 +1,7 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help kills build test race check lint fmt fuzz bench thesis memory sim readme template proxy worker languages vuln sbom deps images chart chart-readme
+.PHONY: help kills build test race check lint fmt fuzz bench rooms thesis memory sim readme template proxy worker languages vuln sbom deps images chart chart-readme
 
 help: ## Print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ fuzz: ## Fuzz what parses, a minute each
 	go test ./internal/serve -run '^$$' -fuzz FuzzSameAsNetHTTP -fuzztime 60s
 	go test ./functions/wordcount -run '^$$' -fuzz FuzzWordCount -fuzztime 60s
 
-bench: ## Run the benchmarks of the rooms
-	go test -run '^$$' -bench . -benchmem . ./internal/... ./functions/...
+bench: build ## Measure sheaf beside its peers: bin/bench.json, bench.html, docs/PERFORMANCE.md
+	bin/sheaf bench --json bin/bench.json --html bin/bench.html --markdown docs/PERFORMANCE.md
+
+rooms: ## Run the benchmarks of the rooms
+	go test -run '^$$' -bench . -benchmem . ./direct ./internal/schedule ./internal/wire ./internal/serve ./functions/wordcount
 
 thesis: ## Print the thesis's table with our times beside it
 	go test ./test -run '^$$' -bench Thesis -benchtime 1x

@@ -59,59 +59,20 @@ func Count(_ context.Context, b sheaf.Block) ([]byte, error) {
 	for !isSpace(data[tail-1]) {
 		tail--
 	}
-	t := newTable()
+	t := newTable(tail - head)
 	t.count(data[head:tail])
-	out := make([]byte, 0, 64+head+len(data)-tail+t.size)
+	out := make([]byte, 0, 64+head+len(data)-tail+len(t.text)+21*len(t.words))
 	if head > 0 {
 		out = append(append(append(out, headMark...), data[:head]...), '\n')
 	}
 	if tail < len(data) {
 		out = append(append(append(out, tailMark...), data[tail:]...), '\n')
 	}
-	for _, e := range t.entries {
-		out = append(append(out, e.word...), ' ')
-		out = append(strconv.AppendInt(out, e.n, 10), '\n')
+	for i := range t.words {
+		out = append(append(out, t.word(i)...), ' ')
+		out = append(strconv.AppendInt(out, t.words[i].n, 10), '\n')
 	}
 	return out, nil
-}
-
-// table counts words, and keeps the order in which they came.
-type table struct {
-	index   map[string]int
-	entries []entry
-	size    int // an upper bound of the bytes it takes to write them
-}
-
-type entry struct {
-	word string
-	n    int64
-}
-
-func newTable() *table { return &table{index: make(map[string]int)} }
-
-func (t *table) add(word []byte, n int64) {
-	if i, ok := t.index[string(word)]; ok {
-		t.entries[i].n += n
-		return
-	}
-	w := string(word)
-	t.index[w] = len(t.entries)
-	t.entries = append(t.entries, entry{w, n})
-	t.size += len(w) + 21
-}
-
-func (t *table) count(data []byte) {
-	for i := 0; i < len(data); {
-		if isSpace(data[i]) {
-			i++
-			continue
-		}
-		start := i
-		for i < len(data) && !isSpace(data[i]) {
-			i++
-		}
-		t.add(data[start:i], 1)
-	}
 }
 
 // blockCounts is a block's result, read; an edge that is not there is nil.
@@ -138,17 +99,20 @@ func parse(result []byte, word func(w []byte, n int64)) (b blockCounts, err erro
 		return b, errResult
 	}
 	for len(result) > 0 {
-		end := bytes.IndexByte(result, '\n')
-		line := result[:end]
-		result = result[end+1:]
-		at := bytes.IndexByte(line, ' ')
-		if at <= 0 || slices.ContainsFunc(line[:at], isSpace) {
+		at := 0
+		for !isSpace(result[at]) { // the last byte is a line feed
+			at++
+		}
+		if at == 0 || result[at] != ' ' {
 			return b, errResult
 		}
-		n, ok := number(line[at+1:])
+		end := at + 1 + bytes.IndexByte(result[at+1:], '\n')
+		n, ok := number(result[at+1 : end])
 		if !ok {
 			return b, errResult
 		}
+		line := result[:end]
+		result = result[end+1:]
 		if b.total += n; b.total < 0 {
 			return b, errTotal
 		}
@@ -189,14 +153,19 @@ type Counts struct {
 	t      *table
 	open   []byte // a word that the end of the last block may have cut
 	total  int64  // of the counts
-	sorted bool
+	sorted []entry
+}
+
+type entry struct {
+	word string
+	n    int64
 }
 
 // Add merges the result of the next block, in block order. It refuses, by an
 // error, what is not the result of a word count.
 func (c *Counts) Add(r sheaf.Result) error {
 	if c.t == nil {
-		c.t = newTable()
+		c.t = newTable(0)
 	}
 	b, err := parse(r.Data, c.t.add)
 	if err != nil {
@@ -227,17 +196,16 @@ func (c *Counts) close(rest []byte) {
 // one count in the order of their bytes.
 func (c *Counts) sort() []entry {
 	if c.t == nil {
-		c.t = newTable()
+		c.t = newTable(0)
 	}
-	if !c.sorted {
+	if c.sorted == nil {
 		c.close(nil)
-		c.t.index = nil // entries move now
-		slices.SortFunc(c.t.entries, func(a, b entry) int {
+		c.sorted = c.t.entries()
+		slices.SortFunc(c.sorted, func(a, b entry) int {
 			return cmp.Or(cmp.Compare(b.n, a.n), cmp.Compare(a.word, b.word))
 		})
-		c.sorted = true
 	}
-	return c.t.entries
+	return c.sorted
 }
 
 // WriteText writes a line "word count" for each word, by count descending,
@@ -283,7 +251,7 @@ func valid(entries []entry) []entry {
 	if !slices.ContainsFunc(entries, func(e entry) bool { return !utf8.ValidString(e.word) }) {
 		return entries
 	}
-	t := newTable()
+	t := newTable(0)
 	for _, e := range entries {
 		t.add([]byte(string([]rune(e.word))), e.n)
 	}
@@ -309,7 +277,7 @@ func quote(word string) ([]byte, error) {
 // "head", "tail", or "whole" for a block without white space.
 func Line(r sheaf.Result, mayCut bool) (json.RawMessage, error) {
 	var c Counts
-	c.t = newTable()
+	c.t = newTable(0)
 	b, err := parse(r.Data, c.t.add)
 	if err != nil {
 		return nil, err
