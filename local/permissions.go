@@ -40,6 +40,7 @@ const (
 // Streams, as their rooms name them.
 const (
 	viewsStream     = "KV_" + registry.Bucket
+	leaseStream     = "KV_" + registry.LeaseBucket
 	jobsStream      = "KV_sheaf-jobs"
 	jobInputsStream = "sheaf-job-inputs"
 	objectsStream   = "OBJ_sheaf-inputs" // that jobs may name their inputs in
@@ -56,8 +57,9 @@ const changesSubject = registry.ChangesSubject + ".>"
 
 var roles = []role{
 	{
-		name:      roleWatcher,
-		publish:   slices.Concat(owns(viewsStream), []string{"$KV." + registry.Bucket + ".>", changesSubject}),
+		name: roleWatcher,
+		publish: slices.Concat(owns(viewsStream), owns(leaseStream),
+			[]string{"$KV." + registry.Bucket + ".>", "$KV." + registry.LeaseBucket + ".>", changesSubject}),
 		subscribe: []string{registry.ScaleSubject},
 		answers:   true,
 	},
@@ -85,7 +87,7 @@ var roles = []role{
 		publish: []string{">"},
 		noPublish: slices.Concat([]string{"$SYS.>", "$KV.>", "$O.>", "sheaf.async.>", "sheaf.job.>", registry.ScaleSubject, changesSubject,
 			"$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.ACCOUNT.>"},
-			changes(viewsStream), none(jobsStream, jobInputsStream, objectsStream, callStream, callbackStream, recordStream, resultStream, deadStream)),
+			changes(viewsStream), none(leaseStream, jobsStream, jobInputsStream, objectsStream, callStream, callbackStream, recordStream, resultStream, deadStream)),
 		subscribe:   []string{"> sheaf-connector", topicCancels}, // every connector hears of what is cancelled
 		noSubscribe: []string{"$SYS.>", "$KV.>", "$O.>", "$JS.>", "_INBOX.>", "sheaf.async.>", "sheaf.job.>", "sheaf.dead.>", registry.ScaleSubject},
 	},

@@ -42,8 +42,8 @@ type Source interface {
 }
 
 // A Watcher keeps the record of replicas. Its fields must not change once Run
-// is called. Several Watchers of one provider agree: they write only what
-// differs from what is there.
+// is called. Of several Watchers of one provider one writes, and another one
+// goes on within seconds when it ends; all take requests for more replicas.
 type Watcher struct {
 	Conn     *nats.Conn
 	Provider Provider
@@ -51,7 +51,7 @@ type Watcher struct {
 	// Period is how often the provider is asked for counts; 0 means 1 second.
 	Period time.Duration
 	// Durable keeps the record on disk. Otherwise it is gone with the NATS
-	// server, and written again.
+	// server, and written again. A record that is there stays as it is kept.
 	Durable bool
 	Log     *slog.Logger // nil means slog.Default
 
@@ -60,6 +60,37 @@ type Watcher struct {
 	made   time.Time        // when it was made
 	last   uint64           // the greatest revision seen
 	known  map[string]*watched
+	lease  *lease
+
+	counting sync.Mutex // guards stats
+	stats    Stats
+}
+
+// Stats counts what a Watcher has done since Run began, and says how it is.
+type Stats struct {
+	Writing          bool      // it is the one that writes
+	Functions        int       // that it knows of
+	Writes           uint64    // of records
+	LastWrite        time.Time // zero before the first one
+	WriteFailures    uint64    // attempts to bring the record up to date that failed
+	SourceUp         bool      // addresses come
+	SourceFailures   uint64    // streams of addresses that broke
+	ProviderFailures uint64    // lists of functions that could not be had
+	ScaleRequests    uint64    // for more replicas
+	Scaled           uint64    // of these, that raised the number
+}
+
+// Stats returns the counts. It may be called concurrently with Run.
+func (w *Watcher) Stats() Stats {
+	w.counting.Lock()
+	defer w.counting.Unlock()
+	return w.stats
+}
+
+func (w *Watcher) count(f func(*Stats)) {
+	w.counting.Lock()
+	defer w.counting.Unlock()
+	f(&w.stats)
 }
 
 // watched is what the watcher knows of one function.
@@ -95,6 +126,17 @@ func (w *Watcher) Run(ctx context.Context) error {
 	if err := w.open(ctx, js); err != nil {
 		return fmt.Errorf("watcher: %w", err)
 	}
+	w.lease = newLease(js)
+	if err := w.lease.keep(ctx); err != nil {
+		return fmt.Errorf("watcher: %w", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		if w.Conn.IsConnected() {
+			w.lease.release(ctx)
+		}
+	}()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	sub, err := w.Conn.QueueSubscribe(ScaleSubject, "watcher", func(m *nats.Msg) { w.order(ctx, m) })
@@ -104,11 +146,12 @@ func (w *Watcher) Run(ctx context.Context) error {
 	defer func() { _ = sub.Unsubscribe() }() // ends with its connection in any case
 
 	views := make(chan sheaf.View)
+	broken := make(chan struct{})
 	counts := make(chan []types.FunctionStatus)
 	poll := make(chan struct{}, 1)
 	poll <- struct{}{}
 	var wg sync.WaitGroup
-	wg.Go(func() { w.source(ctx, views, poll) })
+	wg.Go(func() { w.source(ctx, views, broken, poll) })
 	wg.Go(func() { w.poll(ctx, poll, counts) })
 	defer func() { cancel(); wg.Wait() }()
 
@@ -122,15 +165,35 @@ func (w *Watcher) Run(ctx context.Context) error {
 			return nil
 		case v := <-views:
 			w.seen(v)
+			w.lease.unfit = time.Time{}
+			w.count(func(s *Stats) { s.SourceUp = true })
+		case <-broken:
+			if w.lease.unfit.IsZero() {
+				w.lease.unfit = time.Now()
+			}
+			w.count(func(s *Stats) { s.SourceUp = false; s.SourceFailures++ })
 		case list := <-counts:
 			w.counted(list)
 		case <-again.C:
 			nudge(poll)
-			err = w.look(ctx, js)
+			before := w.lease.held()
+			if err = w.lease.keep(ctx); err == nil {
+				err = w.look(ctx, js)
+			}
+			if !before {
+				w.forget() // another one may have written
+			}
 		}
-		if err == nil {
+		writes := w.lease.held()
+		if err == nil && writes {
 			err = w.write(ctx)
 		}
+		w.count(func(s *Stats) {
+			s.Writing, s.Functions = writes, len(w.known)
+			if err != nil && ctx.Err() == nil {
+				s.WriteFailures++
+			}
+		})
 		if err != nil && !failing && ctx.Err() == nil {
 			w.Log.Warn("record of replicas is not writable; trying again", "err", err)
 		}
@@ -187,6 +250,11 @@ func (w *Watcher) open(ctx context.Context, js jetstream.JetStream) error {
 	kv, err := js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 		Bucket: Bucket, Description: "replicas of functions; the revision is the epoch", Storage: storage, History: 1,
 	})
+	if err != nil { // one that is there, and kept in another way, is as good
+		if there, bad := js.KeyValue(ctx, Bucket); bad == nil {
+			kv, err = there, nil
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("make bucket %s: %w", Bucket, err)
 	}
@@ -219,7 +287,7 @@ func (w *Watcher) open(ctx context.Context, js jetstream.JetStream) error {
 }
 
 // source reads the stream of addresses, again and again.
-func (w *Watcher) source(ctx context.Context, views chan<- sheaf.View, poll chan<- struct{}) {
+func (w *Watcher) source(ctx context.Context, views chan<- sheaf.View, broken, poll chan<- struct{}) {
 	pause := 10 * time.Millisecond
 	failing := false
 	for ctx.Err() == nil {
@@ -239,6 +307,11 @@ func (w *Watcher) source(ctx context.Context, views chan<- sheaf.View, poll chan
 			}
 		}
 		nudge(poll) // for whatever was missed
+		select {
+		case broken <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
 		select {
 		case <-time.After(pause):
 			pause = min(2*pause, 2*time.Second)
@@ -260,6 +333,7 @@ func (w *Watcher) poll(ctx context.Context, when <-chan struct{}, counts chan<- 
 		list, err := w.Provider.Functions(ask)
 		cancel()
 		if err != nil {
+			w.count(func(s *Stats) { s.ProviderFailures++ })
 			if !failing && ctx.Err() == nil {
 				w.Log.Warn("functions are not known; keeping the last list", "err", err)
 			}
@@ -447,6 +521,7 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 		k.written.Epoch = epoch
 		w.last = max(w.last, epoch)
 		w.publish(key, rec, epoch)
+		w.count(func(s *Stats) { s.Writes++; s.LastWrite = time.Now() })
 		return nil
 	}
 }
@@ -469,6 +544,7 @@ func (w *Watcher) publish(key string, rec Record, epoch uint64) {
 // order answers a scale request. It runs beside the watcher's loop, which a
 // provider that hangs must not hold up; requests are taken one after another.
 func (w *Watcher) order(ctx context.Context, m *nats.Msg) {
+	w.count(func(s *Stats) { s.ScaleRequests++ })
 	var req scaleRequest
 	answer := scaleReply{Error: "the request names no function, or fewer than 1 replica"}
 	if err := json.Unmarshal(m.Data, &req); err == nil && req.Function != "" && req.Replicas > 0 {
@@ -506,5 +582,6 @@ func (w *Watcher) scale(ctx context.Context, req scaleRequest) scaleReply {
 	if err := w.Provider.Scale(ctx, strings.TrimSuffix(key, "."+DefaultNamespace), n); err != nil {
 		return scaleReply{Error: err.Error()}
 	}
+	w.count(func(s *Stats) { s.Scaled++ })
 	return scaleReply{Replicas: n}
 }

@@ -2,6 +2,7 @@ package registry_test
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"testing"
 	"time"
@@ -82,4 +83,75 @@ func TestSourceOfAddressesOnly(t *testing.T) {
 	until(t, worker, 10*time.Second, "a new one", isReplicas("d"))
 	provider.set(sheaf.View{Function: "worker", Desired: -1})
 	until(t, worker, 10*time.Second, "the end of the function", func(x told) bool { return x.err != nil })
+}
+
+// Of two watchers that see different things one writes, until it ends: epochs
+// do not flap, whoever is right. The other one goes on, also when the writer
+// could not say goodbye.
+func TestOneOfTwoWatchersWrites(t *testing.T) {
+	t.Parallel()
+	for _, how := range []string{"stopped", "cut off"} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			b, old, present := newBroker(t), newWorld(), newWorld()
+			old.set(view("worker", rep("a", 1, sheaf.Ready)))
+			present.set(view("worker", rep("b", 2, sheaf.Ready)))
+			first := &registry.Watcher{Provider: old, Source: old, Period: 20 * time.Millisecond, Conn: b.connect(t)}
+			stop := b.watch(t, first)
+			r := b.open(t)
+			worker := follow(t, r, "worker")
+			until(t, worker, 10*time.Second, "the first one's view", isReplicas("a"))
+			second := &registry.Watcher{Provider: present, Source: present, Period: 20 * time.Millisecond}
+			b.watch(t, second)
+			time.Sleep(300 * time.Millisecond)
+			before := b.revision(t)
+			for range 20 { // the second one has news, and tells what it has again and again
+				present.set(view("worker", rep("b", 2, sheaf.Ready)))
+				time.Sleep(50 * time.Millisecond)
+			}
+			if after := b.revision(t); after != before {
+				t.Errorf("revision %d became %d: two watchers write", before, after)
+			}
+			if s := first.Stats(); !s.Writing || !s.SourceUp || s.Writes == 0 || s.Functions != 1 || s.LastWrite.IsZero() {
+				t.Errorf("the first one says %+v", s)
+			}
+			if s := second.Stats(); s.Writing || !s.SourceUp || s.Writes != 0 {
+				t.Errorf("the second one says %+v", s)
+			}
+			if how == "stopped" {
+				stop()
+			} else {
+				first.Conn.Close()
+			}
+			x := until(t, worker, 30*time.Second, "the second one's view", isReplicas("b"))
+			if x.Epoch <= before {
+				t.Errorf("epoch %d came after %d", x.Epoch, before)
+			}
+		})
+	}
+}
+
+// A writer whose source is broken gives others a turn.
+func TestWriterWithoutItsSource(t *testing.T) {
+	t.Parallel()
+	b, blind, seeing := newBroker(t), newWorld(), newWorld()
+	blind.set(view("worker", rep("a", 1, sheaf.Ready)))
+	seeing.set(view("worker", rep("b", 2, sheaf.Ready)))
+	first := &registry.Watcher{Provider: blind, Source: failing{}, Period: 20 * time.Millisecond}
+	b.watch(t, first)
+	r := b.open(t)
+	worker := follow(t, r, "worker")
+	until(t, worker, 10*time.Second, "a record without addresses", func(x told) bool { return x.err == nil && x.Desired == 1 })
+	b.watch(t, &registry.Watcher{Provider: seeing, Source: seeing, Period: 20 * time.Millisecond})
+	until(t, worker, 60*time.Second, "the view of the one that sees", isReplicas("b"))
+	if s := first.Stats(); s.Writing || s.SourceUp || s.SourceFailures == 0 {
+		t.Errorf("the one without a source says %+v", s)
+	}
+}
+
+// failing is a source that fails.
+type failing struct{}
+
+func (failing) Replicas(context.Context) iter.Seq2[sheaf.View, error] {
+	return func(yield func(sheaf.View, error) bool) { yield(sheaf.View{}, errors.New("no addresses")) }
 }
