@@ -64,7 +64,7 @@ func TestZipf(t *testing.T) {
 		t.Errorf("%d and %d bytes", a.Len(), b.Len())
 	}
 	counts := map[string]int{}
-	for _, w := range strings.Fields(a.String()) {
+	for w := range strings.FieldsSeq(a.String()) {
 		counts[w]++
 	}
 	most := 0
