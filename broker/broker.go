@@ -339,7 +339,7 @@ func waitFor(ctx context.Context, nc *nats.Conn, log *slog.Logger) error {
 	for begun := time.Now(); !nc.IsConnected(); {
 		if !told && time.Since(begun) > time.Second {
 			told = true
-			log.Warn("NATS is not there yet; waiting for it", "err", nc.LastError())
+			log.Warn("NATS is not there yet; waiting for it")
 		}
 		if !pause(ctx, 50*time.Millisecond) {
 			return context.Cause(ctx)

@@ -287,11 +287,15 @@ func (d *daemon) watcher(ctx context.Context, nc *nats.Conn, provider registry.P
 	}
 }
 
-// redact takes the password out of a URL.
+// redact takes the passwords out of URLs that are separated by commas.
 func redact(s string) string {
-	u, err := url.Parse(s)
-	if err != nil {
-		return ""
+	var list []string
+	for part := range strings.SplitSeq(s, ",") {
+		u, err := url.Parse(strings.TrimSpace(part))
+		if err != nil {
+			return "" // nobody knows what is in it
+		}
+		list = append(list, u.Redacted())
 	}
-	return u.Redacted()
+	return strings.Join(list, ",")
 }

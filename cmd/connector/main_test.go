@@ -59,6 +59,15 @@ func TestEnvironment(t *testing.T) {
 	}
 }
 
+func TestRedact(t *testing.T) {
+	t.Parallel()
+	for _, urls := range []string{"nats://u:secret@a:1", "nats://a,nats://u:secret@b", "nats://u:secret@a:1,nats://u:secret@b:2", "nats://secret\x00@a"} {
+		if got := redact(urls); strings.Contains(got, "secret") {
+			t.Errorf("%q becomes %q", urls, got)
+		}
+	}
+}
+
 func TestBrokerHost(t *testing.T) {
 	t.Parallel()
 	for given, want := range map[string]string{
