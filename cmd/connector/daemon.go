@@ -287,7 +287,7 @@ func (d *daemon) watcher(ctx context.Context, nc *nats.Conn, provider registry.P
 	}
 }
 
-// redact takes the passwords out of URLs that are separated by commas.
+// redact takes the users, who may be tokens, out of URLs that are separated by commas.
 func redact(s string) string {
 	var list []string
 	for part := range strings.SplitSeq(s, ",") {
@@ -295,7 +295,8 @@ func redact(s string) string {
 		if err != nil {
 			return "" // nobody knows what is in it
 		}
-		list = append(list, u.Redacted())
+		u.User = nil
+		list = append(list, u.String())
 	}
 	return strings.Join(list, ",")
 }

@@ -61,7 +61,7 @@ func TestEnvironment(t *testing.T) {
 
 func TestRedact(t *testing.T) {
 	t.Parallel()
-	for _, urls := range []string{"nats://u:secret@a:1", "nats://a,nats://u:secret@b", "nats://u:secret@a:1,nats://u:secret@b:2", "nats://secret\x00@a"} {
+	for _, urls := range []string{"nats://u:secret@a:1", "nats://a,nats://u:secret@b", "nats://u:secret@a:1,nats://u:secret@b:2", "nats://secret@a", "nats://secret\x00@a"} {
 		if got := redact(urls); strings.Contains(got, "secret") {
 			t.Errorf("%q becomes %q", urls, got)
 		}
