@@ -135,7 +135,7 @@ func (h *Handler) resume(ctx context.Context, l *jobs.Lease) (*jobRun, error) {
 	}
 	run.kept = len(run.done)
 	_, before, _, _ := h.Jobs.Known(rec.ID)
-	run.attempts, run.before = before.Attempts, before.Total
+	run.attempts, run.before = max(before.Attempts, len(run.done)), before.Total // each result took one
 	h.atLeast(ctx, j)
 	return run, nil
 }
@@ -230,6 +230,7 @@ func (r *jobRun) scatter(ctx context.Context) error {
 			r.mu.Lock()
 			res.Index = r.index[res.Index]
 			r.results += int64(len(res.Data))
+			r.from[res.From] = true
 			over := r.results > r.h.MaxJobResult
 			r.mu.Unlock()
 			if over {
