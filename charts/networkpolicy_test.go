@@ -147,7 +147,10 @@ func TestWhoMayTalkToWhom(t *testing.T) {
 		{"prometheus", "connector", 8080, true},
 		{"gateway", "connector", 8080, false},
 		{"stranger", "connector", 8080, false},
-		{"worker", "connector", 8080, false},
+		{"worker", "connector", 8080, true}, // the record of replicas
+		{"master", "connector", 8080, true},
+		{"other", "connector", 8080, false},
+		{"worker", "connector", 9090, false},
 		{"connector", "gateway", 8080, true},
 		{"connector", "apiserver", 6443, true},
 		{"connector", "apiserver", 443, true},

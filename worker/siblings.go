@@ -13,7 +13,7 @@ import (
 
 // ErrNoSiblings comes from Siblings when there is no way to learn of them.
 var ErrNoSiblings = errors.New("the other replicas of this function are not known: set replicas_url to the record of replicas, " +
-	"as http://sheaf-connector.openfaas:8081/replicas")
+	"as http://sheaf-connector.openfaas:8080/replicas")
 
 // Siblings returns the group of all replicas of the function whose Func was
 // given ctx, itself among them: for messages between workers, straight from one

@@ -53,13 +53,13 @@ type Book struct {
 var _ sheaf.Resolver = (*Book)(nil)
 
 // NewBook returns a Book of the record at recordURL, such as
-// "http://sheaf-connector.openfaas:8081/replicas". Of function, as
+// "http://sheaf-connector.openfaas:8080/replicas". Of function, as
 // "worker.openfaas-fn", and replica, an ID, one may be empty: the function that
 // has the replica is then meant. Close ends it.
 func NewBook(recordURL, function, replica string) (*Book, error) {
 	u, err := url.Parse(recordURL)
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return nil, errors.New("not a URL such as http://sheaf-connector.openfaas:8081/replicas")
+		return nil, errors.New("not a URL such as http://sheaf-connector.openfaas:8080/replicas")
 	}
 	q := u.Query()
 	q.Set("watch", "true")
@@ -246,10 +246,10 @@ func (b *Book) read(ctx context.Context) error {
 	return fail(io.ErrUnexpectedEOF)
 }
 
-// ready is the view of the first record: its ready replicas, which stand in
-// rank order. Without a record there is none.
+// ready is the view of the one record that was asked for: its ready replicas,
+// which stand in rank order.
 func ready(list []sheaf.View) *sheaf.View {
-	if len(list) == 0 {
+	if len(list) != 1 {
 		return &sheaf.View{}
 	}
 	v := list[0]

@@ -53,7 +53,7 @@ func (s *Server) byRank(w http.ResponseWriter, r *http.Request) {
 	}
 	if s.Peers == nil {
 		refuse(w, wire.Refuse(http.StatusServiceUnavailable, wire.CodeNoRecord,
-			"this replica does not know the others: replicas_url is not set; set it to the record of replicas, as http://sheaf-connector.openfaas:8081/replicas"))
+			"this replica does not know the others: replicas_url is not set; set it to the record of replicas, as http://sheaf-connector.openfaas:8080/replicas"))
 		return
 	}
 	if s.hops.Add(1) > maxHops {

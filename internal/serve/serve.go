@@ -95,15 +95,15 @@ func Env(getenv func(string) string) (*Server, error) {
 	if s.Signer = v.Signer(); s.Signer != nil && s.Function == "" {
 		v.fail("sheaf_function", "", "the function's name, because sheaf_key_file is set and signatures are over it")
 	}
-	if record := getenv("replicas_url"); record != "" {
-		function := s.Function
-		if ns := getenv("OPENFAAS_NAMESPACE"); function != "" && ns != "" && !strings.Contains(function, ".") {
-			function += "." + ns
-		}
-		var err error
-		if s.Peers, err = peer.NewBook(record, function, s.Replica); err != nil {
-			v.fail("replicas_url", record, "a URL such as http://sheaf-connector.openfaas:8081/replicas")
-		}
+	// Nothing is asked there before somebody wants to know.
+	record := v.String("replicas_url", "http://sheaf-connector.openfaas:8080/replicas")
+	function := s.Function
+	if ns := getenv("OPENFAAS_NAMESPACE"); function != "" && ns != "" && !strings.Contains(function, ".") {
+		function += "." + ns
+	}
+	var err error
+	if s.Peers, err = peer.NewBook(record, function, s.Replica); err != nil {
+		v.fail("replicas_url", record, "a URL such as http://sheaf-connector.openfaas:8080/replicas")
 	}
 	return s, v.Err
 }
