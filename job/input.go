@@ -82,15 +82,14 @@ func (u *Upload) send() {
 	case <-u.ctx.Done():
 		return
 	}
-	u.wg.Go(func() {
+	u.s.host.start(&u.wg, func() {
 		defer func() { <-u.slots }()
 		u.s.cfg.Step("input.before")
 		// A minute is for JetStream; how slow the client is does not count.
-		ctx, cancel := context.WithTimeout(u.ctx, time.Minute)
+		ctx, cancel := u.s.host.within(u.ctx, time.Minute)
 		defer cancel()
-		err := persist(ctx, func(ctx context.Context) error {
-			_, err := u.s.js.Publish(ctx, u.s.pieceSubject(u.id, u.name, n), piece)
-			return err
+		err := u.s.persist(ctx, func(ctx context.Context) error {
+			return u.s.shelf.putPiece(ctx, u.s.pieceSubject(u.id, u.name, n), piece)
 		})
 		if err != nil {
 			u.cancel(fmt.Errorf("store the input: %w", err))
@@ -110,18 +109,18 @@ func (u *Upload) Submit(ctx context.Context, r Record) (_ Record, existed bool, 
 	if len(u.buf) > 0 {
 		u.send()
 	}
-	u.wg.Wait()
+	u.s.host.wait(&u.wg)
 	if u.ctx.Err() != nil {
 		return Record{}, false, context.Cause(u.ctx)
 	}
 	r.Input.Upload, r.Input.Pieces = u.name, u.pieces
-	r.ID, r.State, r.Created, r.Owner = u.id, Queued, time.Now().UTC(), u.s.cfg.Master
+	r.ID, r.State, r.Created, r.Owner = u.id, Queued, u.s.host.now().UTC(), u.s.cfg.Master
 	r.Revision = 0
 	u.s.cfg.Step("submit.before")
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := u.s.host.within(ctx, 10*time.Second)
 	defer cancel()
 	there := r
-	err = persist(ctx, func(ctx context.Context) (err error) {
+	err = u.s.persist(ctx, func(ctx context.Context) (err error) {
 		if there, err = u.s.put(ctx, r); errors.Is(err, errExists) || taken(err) {
 			there, err = u.s.get(ctx, u.id) // another job's, or this one's after all
 		}
@@ -150,16 +149,16 @@ func (u *Upload) Abort() {
 	}
 	u.done = true
 	u.cancel(errors.New("upload aborted"))
-	u.wg.Wait()
+	u.s.host.wait(&u.wg)
 	u.s.dropInput(u.id, u.name)
 }
 
 // dropInput removes the pieces of an input that nobody will read any more;
 // those that cannot be removed go when their time is over.
 func (s *Store) dropInput(id, upload string) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := s.host.within(context.Background(), 5*time.Second)
 	defer cancel()
-	if err := s.inputs.Purge(ctx, jetstream.WithPurgeSubject(inputSubject+s.space+id+"."+upload+".>")); err != nil {
+	if err := s.shelf.dropPieces(ctx, inputSubject+s.space+id+"."+upload+".>"); err != nil {
 		s.log.Debug("an input stays until its time is over", "job", id, "err", err)
 	}
 }
@@ -187,13 +186,13 @@ func (p *pieces) Read(b []byte) (int, error) {
 			}
 			return 0, io.EOF
 		}
-		err := persist(p.ctx, func(ctx context.Context) error {
-			m, err := p.s.inputs.GetLastMsgForSubject(ctx, p.s.pieceSubject(p.r.ID, p.r.Input.Upload, p.next))
+		err := p.s.persist(p.ctx, func(ctx context.Context) error {
+			piece, err := p.s.shelf.piece(ctx, p.s.pieceSubject(p.r.ID, p.r.Input.Upload, p.next))
 			if errors.Is(err, jetstream.ErrMsgNotFound) {
 				return nil
 			}
 			if err == nil {
-				p.rest = m.Data
+				p.rest = piece
 			}
 			return err
 		})

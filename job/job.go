@@ -171,9 +171,9 @@ func refused(err error) error {
 // persist calls f until it succeeds, is refused, or ctx ends. f must be such
 // that doing it twice is doing it once: a call that fails may have been
 // carried out.
-func persist(ctx context.Context, f func(context.Context) error) error {
+func (s *Store) persist(ctx context.Context, f func(context.Context) error) error {
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-		once, cancel := context.WithTimeout(ctx, 5*time.Second)
+		once, cancel := s.host.within(ctx, 5*time.Second)
 		err := f(once)
 		cancel()
 		if err == nil || taken(err) || errors.Is(err, ErrFenced) || errors.Is(err, ErrDamaged) {
@@ -185,7 +185,7 @@ func persist(ctx context.Context, f func(context.Context) error) error {
 		if ctx.Err() != nil {
 			return fmt.Errorf("%w: %w", ErrAway, err)
 		}
-		pause(ctx, wait)
+		s.host.pause(ctx, wait)
 	}
 }
 

@@ -4,6 +4,7 @@ package job
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -17,7 +18,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/sheaf-project/sheaf"
@@ -57,12 +57,8 @@ func (s *Store) Run(ctx context.Context, work func(context.Context, *Lease)) {
 	defer jobs.Wait()
 	tick := time.NewTicker(s.cfg.Lease / 10)
 	defer tick.Stop()
-	for last := time.Now(); ; last = time.Now() {
-		if time.Since(last) > s.cfg.Lease/2 { // this process was stopped, and has heard nobody meanwhile
-			s.mu.Lock()
-			s.listened = time.Now()
-			s.mu.Unlock()
-		}
+	for last := s.host.now(); ; last = s.host.now() {
+		s.awake(last)
 		changed, free := s.take(ctx, &jobs, work)
 		if !free {
 			changed = nil
@@ -76,13 +72,22 @@ func (s *Store) Run(ctx context.Context, work func(context.Context, *Lease)) {
 	}
 }
 
+// awake is told when this process looked around last: if that is long ago it
+// was stopped, and has heard nobody meanwhile.
+func (s *Store) awake(last time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now := s.host.now(); now.Sub(last) > s.cfg.Lease/2 {
+		s.listened = now
+	}
+}
+
 // beat tells the other masters that this one lives.
 func (s *Store) beat(ctx context.Context) {
 	tick := time.NewTicker(s.cfg.Lease / beatsPerLease)
 	defer tick.Stop()
 	for {
-		// Without a connection nobody hears it, and others may take the jobs.
-		_ = s.nc.Publish(beatSubject+strings.TrimSuffix(s.space, "."), []byte(s.cfg.Master))
+		s.shelf.beat(beatSubject+strings.TrimSuffix(s.space, "."), s.cfg.Master)
 		select {
 		case <-ctx.Done():
 			return
@@ -96,14 +101,14 @@ func (s *Store) beat(ctx context.Context) {
 func (s *Store) take(ctx context.Context, wg *sync.WaitGroup, work func(context.Context, *Lease)) (changed <-chan struct{}, free bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now := time.Now()
+	now := s.host.now()
 	var open []*seen
 	for _, j := range s.jobs {
 		if s.leases[j.ID] == nil && s.claimable(j, now) {
 			open = append(open, j)
 		}
 	}
-	slices.SortFunc(open, func(a, b *seen) int { return a.Created.Compare(b.Created) })
+	slices.SortFunc(open, func(a, b *seen) int { return cmp.Or(a.Created.Compare(b.Created), strings.Compare(a.ID, b.ID)) })
 	for _, j := range open {
 		if len(s.leases) >= s.cfg.Parallel {
 			return s.changed, false
@@ -112,7 +117,7 @@ func (s *Store) take(ctx context.Context, wg *sync.WaitGroup, work func(context.
 		run, cancel := context.WithCancelCause(ctx)
 		l.cancel = cancel
 		s.leases[j.ID] = l
-		wg.Go(func() {
+		s.host.start(wg, func() {
 			defer func() {
 				cancel(nil)
 				s.mu.Lock()
@@ -122,7 +127,7 @@ func (s *Store) take(ctx context.Context, wg *sync.WaitGroup, work func(context.
 			}()
 			l.run(run, work)
 			if ctx.Err() == nil && !l.ended {
-				pause(ctx, s.cfg.Lease/10) // whatever went wrong shall not go wrong at full speed
+				s.host.pause(ctx, s.cfg.Lease/10) // whatever went wrong shall not go wrong at full speed
 			}
 		})
 	}
@@ -185,10 +190,10 @@ func (l *Lease) run(ctx context.Context, work func(context.Context, *Lease)) {
 		l.findSaved(ctx)
 	}
 	work(ctx, l)
-	l.pending.Wait()
+	l.Wait()
 	if !l.ended && ctx.Err() != nil && !errors.Is(context.Cause(ctx), ErrFenced) {
 		// This master ends: others need not wait until it has been silent.
-		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), handOverWithin)
+		last, cancel := s.host.within(context.WithoutCancel(ctx), handOverWithin)
 		defer cancel()
 		r := l.rec
 		r.State, r.Owner = Queued, ""
@@ -209,7 +214,7 @@ func (l *Lease) claim(ctx context.Context) error {
 	}
 	r.State, r.Owner, r.Epoch = Running, s.cfg.Master, r.Epoch+1
 	if r.Started.IsZero() {
-		r.Started = time.Now().UTC()
+		r.Started = s.host.now().UTC()
 	}
 	s.cfg.Step("claim.before")
 	got, err := s.claimed(ctx, r)
@@ -227,14 +232,14 @@ func (l *Lease) claim(ctx context.Context) error {
 }
 
 func (s *Store) claimed(ctx context.Context, r Record) (Record, error) {
-	once, cancel := context.WithTimeout(ctx, 5*time.Second)
+	once, cancel := s.host.within(ctx, 5*time.Second)
 	defer cancel()
 	got, err := s.put(once, r)
 	if err == nil {
 		return got, nil
 	}
 	if !taken(err) { // it may have been written
-		again, cancel := context.WithTimeout(ctx, 5*time.Second)
+		again, cancel := s.host.within(ctx, 5*time.Second)
 		defer cancel()
 		if there, e := s.get(again, r.ID); e == nil && there.Owner == r.Owner && there.Epoch == r.Epoch && there.State == Running {
 			return there, nil
@@ -247,13 +252,9 @@ func (s *Store) claimed(ctx context.Context, r Record) (Record, error) {
 // put writes an entry of the job under its fence.
 func (l *Lease) put(ctx context.Context, what string, data []byte) error {
 	s := l.s
-	key := subjects + s.key(l.rec.ID, what)
+	key, state := s.key(l.rec.ID, what), s.key(l.rec.ID, "state")
 	for {
-		err := persist(ctx, func(ctx context.Context) error {
-			_, err := s.js.PublishMsg(ctx, &nats.Msg{Subject: key, Data: data},
-				jetstream.WithExpectLastSequenceForSubject(l.fence, subjects+s.key(l.rec.ID, "state")))
-			return err
-		})
+		err := s.persist(ctx, func(ctx context.Context) error { return s.shelf.putUnder(ctx, key, data, state, l.fence) })
 		if !taken(err) {
 			return err
 		}
@@ -267,7 +268,7 @@ func (l *Lease) put(ctx context.Context, what string, data []byte) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		pause(ctx, 2*time.Millisecond)
+		s.host.pause(ctx, 2*time.Millisecond)
 	}
 }
 
@@ -293,7 +294,7 @@ func (l *Lease) Commit(ctx context.Context, r sheaf.Result, then func()) {
 	case <-ctx.Done():
 		return
 	}
-	l.pending.Go(func() {
+	l.s.host.start(&l.pending, func() {
 		defer func() { <-l.slots }()
 		l.s.cfg.Step("block.before")
 		if err := l.commit(ctx, r); err != nil {
@@ -329,7 +330,7 @@ func (l *Lease) commit(ctx context.Context, r sheaf.Result) error {
 func (l *Lease) Progress(ctx context.Context, p Progress) {
 	body, err := json.Marshal(p)
 	if err == nil {
-		short, cancel := context.WithTimeout(ctx, time.Second)
+		short, cancel := l.s.host.within(ctx, time.Second)
 		defer cancel()
 		err = l.put(short, "progress", body)
 	}
@@ -349,7 +350,7 @@ func (l *Lease) Save(ctx context.Context, block int, state []byte) {
 		return
 	}
 	l.s.cfg.Step("save.before")
-	short, cancel := context.WithTimeout(ctx, 5*time.Second)
+	short, cancel := l.s.host.within(ctx, 5*time.Second)
 	defer cancel()
 	if err := l.put(short, "saved."+strconv.Itoa(block), state); err != nil {
 		l.s.log.Debug("what a handler saved is not stored", "job", l.rec.ID, "block", block, "err", err)
@@ -363,7 +364,7 @@ func (l *Lease) Saved(ctx context.Context, block int) []byte {
 	if !l.saved[block] {
 		return nil
 	}
-	e, err := l.s.kv.Get(ctx, l.s.key(l.rec.ID, "saved."+strconv.Itoa(block)))
+	e, err := l.s.shelf.get(ctx, l.s.key(l.rec.ID, "saved."+strconv.Itoa(block)))
 	if err != nil {
 		l.s.log.Debug("what a handler saved cannot be read; it begins anew", "job", l.rec.ID, "block", block, "err", err)
 		return nil
@@ -373,17 +374,16 @@ func (l *Lease) Saved(ctx context.Context, block int) []byte {
 
 // findSaved looks for what handlers have saved before this run.
 func (l *Lease) findSaved(ctx context.Context) {
-	prefix := subjects + l.s.key(l.rec.ID, "saved.")
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := l.s.host.within(ctx, 5*time.Second)
 	defer cancel()
-	info, err := l.s.stream.Info(ctx, jetstream.WithSubjectFilter(prefix+"*"))
+	list, err := l.s.shelf.below(ctx, l.s.key(l.rec.ID, "saved."))
 	if err != nil {
 		l.s.log.Debug("what handlers saved cannot be read; they begin anew", "job", l.rec.ID, "err", err)
 		return
 	}
-	l.saved = make(map[int]bool, len(info.State.Subjects))
-	for subject := range info.State.Subjects {
-		if i, err := strconv.Atoi(strings.TrimPrefix(subject, prefix)); err == nil {
+	l.saved = make(map[int]bool, len(list))
+	for _, index := range list {
+		if i, err := strconv.Atoi(index); err == nil {
 			l.saved[i] = true
 		}
 	}
@@ -394,8 +394,8 @@ func (l *Lease) Keep(ctx context.Context, data []byte) error { return l.put(ctx,
 
 // Kept returns what Keep has stored for a job, or nil.
 func (s *Store) Kept(ctx context.Context, id string) (data []byte, err error) {
-	err = persist(ctx, func(ctx context.Context) error {
-		e, err := s.kv.Get(ctx, s.key(id, "kept"))
+	err = s.persist(ctx, func(ctx context.Context) error {
+		e, err := s.shelf.get(ctx, s.key(id, "kept"))
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
 			return nil
 		}
@@ -408,21 +408,21 @@ func (s *Store) Kept(ctx context.Context, id string) (data []byte, err error) {
 }
 
 // Wait waits until every Commit so far is stored.
-func (l *Lease) Wait() { l.pending.Wait() }
+func (l *Lease) Wait() { l.s.host.wait(&l.pending) }
 
 // End stores the final state that f writes into the record. It fails with
 // ErrFenced if the job has become another's.
 func (l *Lease) End(ctx context.Context, f func(*Record)) error {
 	s, r := l.s, l.rec
-	l.pending.Wait()
-	r.Finished = time.Now().UTC()
+	l.Wait()
+	r.Finished = s.host.now().UTC()
 	r.Expires = r.Finished.Add(s.cfg.ResultTTL)
 	f(&r)
 	s.cfg.Step("end.before")
 	s.mu.Lock()
 	l.own = true
 	s.mu.Unlock()
-	err := persist(ctx, func(ctx context.Context) error {
+	err := s.persist(ctx, func(ctx context.Context) error {
 		_, err := s.put(ctx, r)
 		if !taken(err) {
 			return err
@@ -449,16 +449,15 @@ func (s *Store) Done(ctx context.Context, id string) ([]int, error) {
 	if err := s.open(ctx); err != nil {
 		return nil, err
 	}
-	prefix := subjects + s.key(id, "block.")
 	var done []int
-	err := persist(ctx, func(ctx context.Context) error {
-		info, err := s.stream.Info(ctx, jetstream.WithSubjectFilter(prefix+"*"))
+	err := s.persist(ctx, func(ctx context.Context) error {
+		list, err := s.shelf.below(ctx, s.key(id, "block."))
 		if err != nil {
 			return err
 		}
-		done = make([]int, 0, len(info.State.Subjects))
-		for subject := range info.State.Subjects {
-			if i, err := strconv.Atoi(strings.TrimPrefix(subject, prefix)); err == nil {
+		done = make([]int, 0, len(list))
+		for _, index := range list {
+			if i, err := strconv.Atoi(index); err == nil {
 				done = append(done, i)
 			}
 		}
@@ -503,8 +502,8 @@ func (s *Store) Results(ctx context.Context, id string, blocks []int) iter.Seq2[
 
 func (s *Store) result(ctx context.Context, id string, i int) (sheaf.Result, error) {
 	get := func(what string) (data []byte, err error) {
-		err = persist(ctx, func(ctx context.Context) error {
-			e, err := s.kv.Get(ctx, s.key(id, what))
+		err = s.persist(ctx, func(ctx context.Context) error {
+			e, err := s.shelf.get(ctx, s.key(id, what))
 			if errors.Is(err, jetstream.ErrKeyNotFound) {
 				return nil
 			}
@@ -544,7 +543,7 @@ func (s *Store) result(ctx context.Context, id string, i int) (sheaf.Result, err
 // sweep drops what is expired.
 func (s *Store) sweep(ctx context.Context) {
 	for ctx.Err() == nil {
-		now := time.Now()
+		now := s.host.now()
 		var results, all []Record
 		s.mu.Lock()
 		for _, j := range s.jobs {
@@ -564,14 +563,14 @@ func (s *Store) sweep(ctx context.Context) {
 			s.dropResults(ctx, r)
 		}
 		for _, r := range all {
-			short, cancel := context.WithTimeout(ctx, 5*time.Second)
-			err := s.kv.Purge(short, s.key(r.ID, "state"), jetstream.LastRevision(r.Revision), jetstream.PurgeTTL(time.Minute))
+			short, cancel := s.host.within(ctx, 5*time.Second)
+			err := s.shelf.remove(short, s.key(r.ID, "state"), r.Revision)
 			cancel()
 			if err != nil {
 				s.log.Debug("an expired job stays a while", "job", r.ID, "err", err)
 			}
 		}
-		pause(ctx, sweepEvery)
+		s.host.pause(ctx, sweepEvery)
 	}
 }
 
@@ -580,8 +579,8 @@ func (s *Store) sweep(ctx context.Context) {
 func (s *Store) dropResults(ctx context.Context, r Record) {
 	s.dropInput(r.ID, r.Input.Upload)
 	for _, what := range []string{"block.*", "part.>", "progress", "kept", "saved.*"} {
-		short, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := s.stream.Purge(short, jetstream.WithPurgeSubject(subjects+s.key(r.ID, what)), jetstream.WithPurgeSequence(r.Revision))
+		short, cancel := s.host.within(ctx, 5*time.Second)
+		err := s.shelf.drop(short, s.key(r.ID, what), r.Revision)
 		cancel()
 		if err != nil {
 			s.log.Debug("results of an expired job stay a while", "job", r.ID, "err", err)

@@ -94,7 +94,9 @@ type Store struct {
 	log   *slog.Logger
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
-	ready chan struct{} // closed when the fields below are set
+	ready chan struct{} // closed when kv, stream and inputs are set
+	host  host
+	shelf shelf
 
 	kv     jetstream.KeyValue
 	stream jetstream.Stream // of kv
@@ -130,8 +132,9 @@ func Open(nc *nats.Conn, cfg Config) (*Store, error) {
 	s := &Store{
 		cfg: cfg, space: strings.ReplaceAll(cfg.Function, ".", "_") + ".", nc: nc, js: js, log: cfg.Log, stop: stop,
 		ready: make(chan struct{}), jobs: make(map[string]*seen), changed: make(chan struct{}),
-		beats: make(map[string]time.Time), leases: make(map[string]*Lease),
+		beats: make(map[string]time.Time), leases: make(map[string]*Lease), host: process{},
 	}
+	s.shelf = inJetStream{s}
 	s.wg.Go(func() {
 		for wait := 5 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, time.Second) {
 			err := s.setUp(ctx)
@@ -196,8 +199,8 @@ func (s *Store) open(ctx context.Context) error {
 	defer t.Stop()
 	select {
 	case <-s.ready:
-		if !s.nc.IsConnected() {
-			return fmt.Errorf("%w: NATS is %v", ErrAway, s.nc.Status())
+		if err := s.shelf.away(); err != nil {
+			return fmt.Errorf("%w: %w", ErrAway, err)
 		}
 		return nil
 	case <-t.C:
@@ -211,7 +214,7 @@ func (s *Store) open(ctx context.Context) error {
 func (s *Store) Ready() bool {
 	select {
 	case <-s.ready:
-		return s.nc.IsConnected()
+		return s.shelf.away() == nil
 	default:
 		return false
 	}
@@ -242,13 +245,7 @@ func (s *Store) read(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = beats.Unsubscribe() }() // it ends with its connection in any case
-	s.mu.Lock()
-	s.listened = time.Now()
-	gone := make(map[string]bool, len(s.jobs))
-	for id := range s.jobs {
-		gone[id] = true
-	}
-	s.mu.Unlock()
+	gone := s.begin()
 	w, err := s.kv.WatchFiltered(ctx, []string{s.space + "*.state", s.space + "*.progress"})
 	if err != nil {
 		return err
@@ -265,22 +262,45 @@ func (s *Store) read(ctx context.Context) error {
 			case !ok:
 				return errors.New("the watch of the bucket ended")
 			case e == nil:
-				s.mu.Lock()
-				s.synced = true
-				for id := range gone {
-					delete(s.jobs, id)
-				}
-				s.tell()
-				s.mu.Unlock()
+				s.caughtUp(gone)
 			default:
-				id, what, _ := strings.Cut(strings.TrimPrefix(e.Key(), s.space), ".")
-				if what == "state" {
-					delete(gone, id)
-				}
-				s.apply(id, what, e)
+				s.entry(gone, e)
 			}
 		}
 	}
+}
+
+// begin returns the jobs that are known when the records are read anew: those
+// that are not met again are gone.
+func (s *Store) begin() (gone map[string]bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.listened = s.host.now()
+	gone = make(map[string]bool, len(s.jobs))
+	for id := range s.jobs {
+		gone[id] = true
+	}
+	return gone
+}
+
+// caughtUp says that all that there was has been read.
+func (s *Store) caughtUp(gone map[string]bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.synced = true
+	for id := range gone {
+		delete(s.jobs, id)
+	}
+	s.tell()
+}
+
+// entry takes one entry of the bucket over.
+func (s *Store) entry(gone map[string]bool, e jetstream.KeyValueEntry) {
+	id, what, _ := strings.Cut(strings.TrimPrefix(e.Key(), s.space), ".")
+	if what == "state" {
+		delete(gone, id)
+	}
+	s.apply(id, what, e)
 }
 
 // tell wakes those who wait for a change. s.mu is held.
@@ -295,12 +315,12 @@ func (s *Store) heard(m *nats.Msg) {
 	defer s.mu.Unlock()
 	if len(s.beats) > 10_000 { // of masters that are long gone
 		clear(s.beats)
-		s.listened = time.Now()
+		s.listened = s.host.now()
 	}
-	s.beats[string(m.Data)] = time.Now()
+	s.beats[string(m.Data)] = s.host.now()
 }
 
-// apply takes one entry of the bucket over.
+// apply takes over what the bucket has of a job: its record, or its progress.
 func (s *Store) apply(id, what string, e jetstream.KeyValueEntry) {
 	if what == "progress" {
 		s.mu.Lock()
@@ -348,7 +368,7 @@ func (s *Store) saw(r Record) {
 		j.dropped = false
 	}
 	r.Error = nil // it may be long, and is asked for seldom
-	j.Record, j.at = r, time.Now()
+	j.Record, j.at = r, s.host.now()
 	s.fenceOff(r.ID, r.Revision)
 	s.tell()
 }
@@ -377,13 +397,13 @@ func (s *Store) Get(ctx context.Context, id string) (Record, error) {
 	if err := s.open(ctx); err != nil {
 		return Record{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := s.host.within(ctx, 5*time.Second)
 	defer cancel()
 	return s.get(ctx, id)
 }
 
 func (s *Store) get(ctx context.Context, id string) (Record, error) {
-	e, err := s.kv.Get(ctx, s.key(id, "state"))
+	e, err := s.shelf.get(ctx, s.key(id, "state"))
 	switch {
 	case errors.Is(err, jetstream.ErrKeyNotFound):
 		return Record{}, fmt.Errorf("%w as %q", ErrNotFound, id)
@@ -405,12 +425,12 @@ func (s *Store) put(ctx context.Context, r Record) (Record, error) {
 		return r, err
 	}
 	if r.Revision == 0 {
-		r.Revision, err = s.kv.Create(ctx, s.key(r.ID, "state"), body)
+		r.Revision, err = s.shelf.create(ctx, s.key(r.ID, "state"), body)
 		if errors.Is(err, jetstream.ErrKeyExists) {
 			err = errExists
 		}
 	} else {
-		r.Revision, err = s.kv.Update(ctx, s.key(r.ID, "state"), body, r.Revision)
+		r.Revision, err = s.shelf.update(ctx, s.key(r.ID, "state"), body, r.Revision)
 	}
 	if err == nil {
 		s.saw(r)
@@ -428,7 +448,7 @@ func (s *Store) change(ctx context.Context, id, step string, f func(*Record) (bo
 	}
 	var r Record
 	for {
-		err := persist(ctx, func(ctx context.Context) error {
+		err := s.persist(ctx, func(ctx context.Context) error {
 			var err error
 			if r, err = s.get(ctx, id); errors.Is(err, ErrNotFound) || errors.Is(err, ErrDamaged) {
 				return nil
@@ -445,7 +465,7 @@ func (s *Store) change(ctx context.Context, id, step string, f func(*Record) (bo
 			return r, err
 		}
 		s.cfg.Step(step + ".before")
-		once, cancel := context.WithTimeout(ctx, 5*time.Second)
+		once, cancel := s.host.within(ctx, 5*time.Second)
 		r, err = s.put(once, r)
 		cancel()
 		s.cfg.Step(step + ".after")
@@ -457,7 +477,7 @@ func (s *Store) change(ctx context.Context, id, step string, f func(*Record) (bo
 		case ctx.Err() != nil:
 			return r, fmt.Errorf("%w: %w", ErrAway, err)
 		case !taken(err): // it may have been written
-			pause(ctx, 20*time.Millisecond)
+			s.host.pause(ctx, 20*time.Millisecond)
 		}
 	}
 }
@@ -538,7 +558,7 @@ func (s *Store) Cancel(ctx context.Context, id string) (Record, error) {
 		if r.State.Final() {
 			return false, nil
 		}
-		now := time.Now().UTC()
+		now := s.host.now().UTC()
 		r.State, r.Finished, r.Expires = Cancelled, now, now.Add(s.cfg.ResultTTL)
 		_, p, _, _ := s.Known(id)
 		p.Stopped += p.Queued + p.Running
@@ -562,13 +582,13 @@ func (s *Store) Redrive(ctx context.Context, id string) (Record, error) {
 		if r.State != Failed {
 			return false, fmt.Errorf("%w: job %s is %s, and only a failed one can be redriven", ErrState, id, r.State)
 		}
-		at = time.Now()
+		at = s.host.now()
 		r.State, r.Owner, r.Redrives, r.Deaths = Queued, "", r.Redrives+1, 0
 		r.Started, r.Finished, r.Expires, r.Error, r.Progress, r.Lacks = time.Time{}, time.Time{}, time.Time{}, nil, nil, false
 		return true, nil
 	})
 	if err == nil { // what a handler had saved may be why it failed
-		if err := s.stream.Purge(ctx, jetstream.WithPurgeSubject(subjects+s.key(id, "saved.*")), jetstream.WithPurgeSequence(r.Revision)); err != nil {
+		if err := s.shelf.drop(ctx, s.key(id, "saved.*"), r.Revision); err != nil {
 			s.log.Debug("what handlers saved stays", "job", id, "err", err)
 		}
 	}
