@@ -273,6 +273,7 @@ func overhead(ctx context.Context, c Config, dir string) ([]Table, error) {
 	if err != nil {
 		return nil, err
 	}
+	signer.Namespace = "openfaas-fn" // that of functions which are told of none
 	plain, err := start(c.Self, kindSheaf, 2, nil)
 	if err != nil {
 		return nil, err
