@@ -1,7 +1,7 @@
 # sheaf: make prints this help.
 
 .DEFAULT_GOAL := help
-.PHONY: help kills build test race check lint fmt fuzz bench rooms thesis memory sim readme template proxy worker languages vuln sbom deps images chart chart-readme
+.PHONY: help kills build test race check lint fmt fuzz bench rooms thesis memory sim scale readme template proxy worker languages vuln sbom deps images chart chart-readme
 
 help: ## Print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ JOBS ?= 500
 KILL ?= 300ms
 kills: ## Run JOBS jobs (500) while a master or worker is killed each KILL (300ms)
 	go test ./test -run 'TestKillsOfMastersWhileJobsRun|TestMasterDiesAtEachStep' -soak.jobs $(JOBS) -soak.kill $(KILL) -v -count=1 -timeout 1h
+
+scale: ## Simulate the scheduler with 10,000 replicas and 1,000,000 blocks
+	go test ./internal/schedule -run TestScale -scale -v
 
 readme: ## Write the output that README.md and docs show anew (with FAAS_CLI, that of faas-cli too)
 	go test ./test -count=1 -run TestReadme -args -update

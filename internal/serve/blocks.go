@@ -17,6 +17,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -68,13 +69,15 @@ type blocks struct {
 
 	l net.Listener
 
-	mu      sync.Mutex          // guards what follows
-	conns   map[*blockConn]bool // true while a block is worked on
-	closing bool
+	date    atomic.Pointer[date]
+	closing atomic.Bool
+
+	mu    sync.Mutex // guards conns
+	conns map[*blockConn]struct{}
 }
 
 func newBlocks(base context.Context, s *Server, h BlockHandler, rest *http.Server, log *slog.Logger, l net.Listener) *blocks {
-	f := &blocks{s: s, handler: h, base: base, rest: rest, log: log, l: l, conns: make(map[*blockConn]bool),
+	f := &blocks{s: s, handler: h, base: base, rest: rest, log: log, l: l, conns: make(map[*blockConn]struct{}),
 		others: handover{conns: make(chan net.Conn), closed: make(chan struct{}), addr: l.Addr()}}
 	f.most, f.wait = h.Room()
 	return f
@@ -83,7 +86,7 @@ func newBlocks(base context.Context, s *Server, h BlockHandler, rest *http.Serve
 // serve accepts connections until shutdown closes the listener, or it breaks.
 func (f *blocks) serve() error {
 	f.mu.Lock()
-	if f.closing {
+	if f.closing.Load() {
 		f.mu.Unlock()
 		return http.ErrServerClosed
 	}
@@ -100,14 +103,14 @@ func (f *blocks) serve() error {
 		}
 		f.mu.Lock()
 		switch {
-		case f.closing:
+		case f.closing.Load():
 			err = http.ErrServerClosed
 			if nc != nil {
 				_ = nc.Close()
 			}
 		case err == nil:
 			c := &blockConn{f: f, nc: nc, r: bufio.NewReaderSize(nc, bufferSize), looked: make(chan struct{}, 1)}
-			f.conns[c] = false
+			f.conns[c] = struct{}{}
 			f.wg.Go(c.serve)
 		}
 		f.mu.Unlock()
@@ -123,10 +126,10 @@ func (f *blocks) serve() error {
 // others have ended their blocks, or ctx ends.
 func (f *blocks) shutdown(ctx context.Context) error {
 	f.mu.Lock()
-	f.closing = true
+	f.closing.Store(true)
 	_ = f.l.Close()
-	for c, busy := range f.conns {
-		if !busy {
+	for c := range f.conns {
+		if !c.busy.Load() {
 			_ = c.nc.Close()
 		}
 	}
@@ -153,13 +156,20 @@ func (f *blocks) close() error {
 	return f.rest.Close()
 }
 
-// busy notes whether c works on a block. It returns false when the server ends,
-// and the connection shall.
-func (f *blocks) busy(c *blockConn, busy bool) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.conns[c] = busy
-	return !f.closing
+// date is the time as answers tell it, for one second.
+type date struct {
+	second int64
+	text   []byte
+}
+
+// appendDate appends the time in the form of RFC 9110.
+func (f *blocks) appendDate(b []byte, now time.Time) []byte {
+	d := f.date.Load()
+	if d == nil || d.second != now.Unix() {
+		d = &date{now.Unix(), now.UTC().AppendFormat(nil, http.TimeFormat)}
+		f.date.Store(d)
+	}
+	return append(b, d.text...)
 }
 
 // blockConn is one connection. One goroutine reads blocks, has them worked on
@@ -174,7 +184,8 @@ type blockConn struct {
 	admission Admission     // of the block at hand
 	refusal   *wire.Problem // of it, before it was read
 
-	readBy, writeBy time.Time // deadlines that are set; zero is none
+	busy            atomic.Bool // a block is worked on
+	readBy, writeBy time.Time   // deadlines that are set; zero is none
 
 	ctx    context.Context // ends when the caller has gone
 	cancel context.CancelCauseFunc
@@ -202,7 +213,7 @@ func (c *blockConn) serve() {
 	defer c.cancel(nil)
 	c.readUntil(time.Now().Add(headTimeout), 0)
 	for {
-		if _, err := c.r.Peek(1); err != nil || !c.f.busy(c, true) {
+		if _, err := c.r.Peek(1); err != nil || !c.is(true) {
 			return
 		}
 		begun := time.Now()
@@ -216,11 +227,19 @@ func (c *blockConn) serve() {
 			return
 		}
 		_, _ = c.r.Discard(n) // it is there
-		if !c.block(begun) || !c.f.busy(c, false) {
+		if !c.block(begun) || !c.is(false) {
 			return
 		}
 		c.readUntil(begun.Add(idleTimeout), idleTimeout/16)
 	}
+}
+
+// is notes whether the connection works on a block. It returns false when the
+// server ends, and the connection shall: either this sees that, or the one who
+// ends it sees what is noted here.
+func (c *blockConn) is(busy bool) bool {
+	c.busy.Store(busy)
+	return !c.f.closing.Load()
 }
 
 // readUntil sets the deadline for reading, unless the one that is set differs
@@ -251,7 +270,11 @@ func (c *blockConn) plain(n int, begun time.Time) bool {
 	}
 	c.last = c.head.Close
 	s := c.f.s
-	if c.refusal = s.misdirected(c.head.Header); c.refusal == nil {
+	c.refusal = nil
+	if !s.mine(c.head.Header) {
+		c.refusal = s.misdirected(c.head.Header)
+	}
+	if c.refusal == nil {
 		if !s.enter() {
 			c.refusal = busy(s.MaxInflight)
 		} else if c.admission, c.refusal = c.f.handler.Admit(c.head.Header, begun); c.refusal != nil {
@@ -320,8 +343,8 @@ func (c *blockConn) send(b, body []byte) bool {
 		b = append(append(append(b, wire.Replica+": "...), c.f.s.Replica...), "\r\n"...)
 	}
 	now := time.Now()
-	b = append(now.UTC().AppendFormat(append(b, "Date: "...), http.TimeFormat), "\r\n"...)
-	if c.last = c.last || !c.f.busy(c, true); c.last {
+	b = append(c.f.appendDate(append(b, "Date: "...), now), "\r\n"...)
+	if c.last = c.last || c.f.closing.Load(); c.last {
 		b = append(b, "Connection: close\r\n"...)
 	}
 	b = strconv.AppendInt(append(b, "Content-Length: "...), int64(len(body)), 10)

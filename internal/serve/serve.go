@@ -433,6 +433,13 @@ func (s *Server) identity(w http.ResponseWriter) {
 	_, _ = w.Write(body)
 }
 
+// mine says that a request names this replica, and has no need of misdirected.
+func (s *Server) mine(h http.Header) bool {
+	function, replica, _ := strings.Cut(h.Get(wire.To), "/")
+	name, _, _ := strings.Cut(function, ".") // without its namespace
+	return replica != "" && replica == s.Replica && name == s.Function
+}
+
 // misdirected refuses a request that names another addressee: an address may
 // have passed to another replica, or to another function.
 func (s *Server) misdirected(h http.Header) *wire.Problem {
