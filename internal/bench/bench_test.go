@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 )
@@ -48,6 +49,34 @@ func TestContenders(t *testing.T) {
 		if _, _, err := p.measure(t.Context(), cut(bytes.ToUpper(text), 5), want, 1); err == nil {
 			t.Errorf("%s: a wrong answer is not seen", p.name)
 		}
+	}
+}
+
+// TestScatterAllocations: what a block of a warm scatter may take from the
+// master's heap, from the splitter to the result: scheduler, route, digests. It
+// is 9 now.
+func TestScatterAllocations(t *testing.T) {
+	crew, err := start(self(t), kindSheaf, 4, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer crew.stop()
+	f := newSheaf(crew.addrs, nil)
+	defer f.close()
+	const n = 400
+	blocks := cut(bytes.Repeat([]byte("a cat sat on the mat\n"), n), n)
+	var before, after runtime.MemStats
+	for range 3 { // the last of them counts
+		runtime.ReadMemStats(&before)
+		if _, err := f.round(t.Context(), blocks); err != nil {
+			t.Fatal(err)
+		}
+		runtime.ReadMemStats(&after)
+	}
+	if got := float64(after.Mallocs-before.Mallocs) / n; got > 14 {
+		t.Errorf("a block takes %.1f allocations, want 14 at most", got)
+	} else {
+		t.Logf("a block takes %.1f allocations", got)
 	}
 }
 
