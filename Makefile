@@ -58,9 +58,17 @@ sim: ## Simulate SEEDS seeds of the scheduler (1,000,000)
 	go test ./internal/schedule -run TestSimulation -seeds $(SEEDS) -v -timeout 1h
 
 JOBS ?= 500
-KILL ?= 300ms
-kills: ## Run JOBS jobs (500) while a master or worker is killed each KILL (300ms)
-	go test ./test -run 'TestKillsOfMastersWhileJobsRun|TestMasterDiesAtEachStep' -soak.jobs $(JOBS) -soak.kill $(KILL) -v -count=1 -timeout 1h
+KILL ?= 100ms
+MASTER ?= 5s
+NATS ?= 20s
+SEED ?= 0
+SOAK = -soak.jobs $(JOBS) -soak.kill $(KILL) -soak.master $(MASTER) -soak.nats $(NATS) -soak.seed $(SEED) -v -count=1 -timeout 2h
+.PHONY: soak
+soak: ## Run JOBS jobs (500) while workers (each KILL, 100ms), masters (MASTER, 5s) and NATS (NATS, 20s) fail; SEED repeats it
+	go test ./test -run 'TestSoak$$' $(SOAK)
+
+kills: ## Kill masters at each step that they store, and each 300ms while JOBS jobs (500) run
+	go test ./test -run 'TestSoak$$|TestMasterDiesAtEachStep' $(SOAK) -soak.master 300ms -soak.nats 0
 
 scale: ## Simulate the scheduler with 10,000 replicas and 1,000,000 blocks
 	go test ./internal/schedule -run TestScale -scale -v

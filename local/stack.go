@@ -42,7 +42,7 @@ type Stack struct {
 	BuildSecretFile string
 
 	log    *slog.Logger
-	nats   *server.Server
+	nats   natsServer
 	logins *logins // to it
 	store  *store
 	brief  bool // store is removed at the end
@@ -197,23 +197,49 @@ func Start(cfg Config) (_ *Stack, err error) {
 	return s, nil
 }
 
+// natsServer is the NATS that a stack has now, or had last.
+type natsServer struct {
+	mu  sync.Mutex // guards now
+	now *server.Server
+}
+
+// get is nil when none was ever started.
+func (n *natsServer) get() *server.Server {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.now
+}
+
+// InProcessConn connects to it, for connections of this process.
+func (n *natsServer) InProcessConn() (net.Conn, error) { return n.get().InProcessConn() }
+
 func (s *Stack) startNATS() (err error) {
 	if s.logins, err = newLogins(); err != nil {
 		return fmt.Errorf("start NATS: %w", err)
 	}
-	s.nats, err = server.NewServer(&server.Options{
-		ServerName: "sheaf", Host: "127.0.0.1", Port: server.RANDOM_PORT,
+	if err := s.runNATS(server.RANDOM_PORT); err != nil {
+		return err
+	}
+	s.NATS = s.nats.get().ClientURL()
+	return nil
+}
+
+func (s *Stack) runNATS(port int) error {
+	n, err := server.NewServer(&server.Options{
+		ServerName: "sheaf", Host: "127.0.0.1", Port: port,
 		Users: s.logins.users, Nkeys: s.logins.nkeys,
 		JetStream: true, StoreDir: filepath.Join(s.store.dir, natsFolder), NoSigs: true, NoLog: true, MaxPayload: 8 << 20,
 	})
 	if err != nil {
 		return fmt.Errorf("start NATS: %w", err)
 	}
-	s.nats.Start()
-	if !s.nats.ReadyForConnections(10 * time.Second) {
+	s.nats.mu.Lock()
+	s.nats.now = n
+	s.nats.mu.Unlock()
+	n.Start()
+	if !n.ReadyForConnections(10 * time.Second) {
 		return errors.New("start NATS: it was not ready within 10 seconds")
 	}
-	s.NATS = s.nats.ClientURL()
 	return nil
 }
 
@@ -229,7 +255,7 @@ func (s *Stack) connect(name, role string) (*nats.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	nc, err := nats.Connect(s.NATS, append(o, nats.Name(name), nats.InProcessServer(s.nats), nats.MaxReconnects(-1),
+	nc, err := nats.Connect(s.NATS, append(o, nats.Name(name), nats.InProcessServer(&s.nats), nats.MaxReconnects(-1),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { s.log.Debug("NATS", "err", err) }))...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to NATS: %w", err)
@@ -277,9 +303,8 @@ func (s *Stack) Close() {
 	for _, nc := range s.conns {
 		nc.Close()
 	}
-	if s.nats != nil {
-		s.nats.Shutdown()
-		s.nats.WaitForShutdown()
+	if s.nats.get() != nil {
+		s.StopNATS()
 	}
 	for _, c := range []*gateway.Client{s.api, s.before} {
 		if c != nil {
@@ -297,8 +322,23 @@ func (s *Stack) Close() {
 // StopNATS ends NATS and leaves the rest running, as its failure would: to see
 // that jobs go on without it.
 func (s *Stack) StopNATS() {
-	s.nats.Shutdown()
-	s.nats.WaitForShutdown()
+	n := s.nats.get()
+	n.Shutdown()
+	n.WaitForShutdown()
+}
+
+// StartNATS starts NATS again after StopNATS, at the same address, with what it
+// had stored. Neither may be called while the other runs, nor during Close.
+func (s *Stack) StartNATS() error {
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(s.NATS, "nats://"))
+	if err != nil {
+		return fmt.Errorf("start NATS: %w", err)
+	}
+	n, err := strconv.Atoi(port)
+	if err != nil {
+		return fmt.Errorf("start NATS: %w", err)
+	}
+	return s.runNATS(n)
 }
 
 // sweep removes the temporary folders of stacks that were killed: their names
