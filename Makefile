@@ -30,12 +30,10 @@ lint: ## gofmt, vet, staticcheck, go fix, go.mod
 fmt: ## Format the code
 	gofmt -w .
 
-fuzz: ## Fuzz what parses, a minute each
-	@for f in FuzzSplitLines FuzzSplitRecords FuzzSplitCSV FuzzSplitJSON; do go test . -run '^$$' -fuzz "^$$f$$" -fuzztime 60s || exit 1; done
-	go test ./internal/wire -run '^$$' -fuzz FuzzOpen -fuzztime 60s
-	go test ./internal/http1 -run '^$$' -fuzz FuzzAnswers -fuzztime 60s
-	go test ./internal/serve -run '^$$' -fuzz FuzzSameAsNetHTTP -fuzztime 60s
-	go test ./functions/wordcount -run '^$$' -fuzz FuzzWordCount -fuzztime 60s
+FUZZ ?= 60s
+fuzz: ## Fuzz what parses, a minute each (FUZZ=10s)
+	@grep -rn '^func Fuzz' --include=*_test.go . | sed 's|/[^/]*_test.go:.*func \(Fuzz[A-Za-z]*\).*| \1|' | sort -u | \
+		while read room name; do echo "$$room $$name"; go test $$room -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ) || exit 1; done
 
 bench: build ## Measure sheaf beside its peers: bin/bench.json, bench.html, docs/PERFORMANCE.md
 	bin/sheaf bench --json bin/bench.json --html bin/bench.html --markdown docs/PERFORMANCE.md
@@ -101,6 +99,10 @@ chart-readme: ## Write the table of values in the chart's README anew
 
 languages: ## Run the workers of docs/ANY-LANGUAGE.md, with python3 and node
 	go test ./test -tags languages -run TestLanguages -count=1 -timeout 3m
+
+.PHONY: mutants
+mutants: ## Plant bugs in our own code, and print which test catches each
+	go run ./test/mutants
 
 VULNDB ?=
 vuln: ## Look for known vulnerabilities; VULNDB=FOLDER takes a copy of the database

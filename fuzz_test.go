@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -124,4 +125,27 @@ func abs(n int) int {
 		n = ^n
 	}
 	return n
+}
+
+// A size that is taken is what its digits and unit say, and never negative for
+// digits without a sign.
+func FuzzParseSize(f *testing.F) {
+	for _, v := range []string{"0", "300", "64KiB", "1MiB", "9223372036854775807", "9223372036854775808", "8388608TiB", "-1", "+5", "1.5", "kB", "5 B"} {
+		f.Add(v)
+	}
+	f.Fuzz(func(t *testing.T, v string) {
+		n, err := sheaf.ParseSize(v)
+		if err != nil {
+			if n != 0 || strings.ContainsAny(err.Error(), "\n\r") {
+				t.Errorf("%q: %d beside %q", v, n, err)
+			}
+			return
+		}
+		if n < 0 && !strings.HasPrefix(v, "-") {
+			t.Errorf("%q became %d", v, n)
+		}
+		if again, err := sheaf.ParseSize(strconv.Itoa(n)); err != nil || again != n {
+			t.Errorf("%q became %d, which becomes %d (%v)", v, n, again, err)
+		}
+	})
 }

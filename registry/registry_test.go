@@ -415,6 +415,20 @@ func TestFunctionThatIsNotDeployed(t *testing.T) {
 	}
 }
 
+// A source may tell of the end, or of the replicas, of functions that nobody has
+// heard of: pods of others, or what was there before this watcher.
+func TestSourceTellsOfStrangers(t *testing.T) {
+	t.Parallel()
+	b, w := newBroker(t), newWorld()
+	b.watch(t, &registry.Watcher{Provider: w, Source: w, Period: 50 * time.Millisecond})
+	views := follow(t, b.open(t), "worker")
+	for _, v := range []sheaf.View{{Function: "stranger", Desired: -1}, {Function: "kube-dns.kube-system", Desired: -1}, {Function: "a.b.c", Desired: -1}} {
+		w.set(v)
+	}
+	w.set(view("worker", rep("a", 1, sheaf.Ready)))
+	until(t, views, 10*time.Second, "a function after them", isReplicas("a"))
+}
+
 func TestDeletionWhileTheStreamIsDown(t *testing.T) {
 	t.Parallel()
 	b, w := newBroker(t), newWorld()

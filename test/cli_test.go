@@ -131,66 +131,6 @@ func TestRunJSON(t *testing.T) {
 	}
 }
 
-// The command says what a refusal says, in one sentence, and exits with 1 when
-// the job failed and with 2 when the command line is wrong.
-func TestRunRefuses(t *testing.T) {
-	path := file(t, "a b\n")
-	for _, c := range []struct {
-		name, stdin string
-		args        []string
-		code        int
-		says        string
-	}{
-		{"no command", "", nil, 2, "no command given"},
-		{"unknown command", "", []string{"scatter"}, 2, `command "scatter" is not known`},
-		{"no file", "", []string{"run"}, 2, "run needs a file"},
-		{"two files", "", []string{"run", path, path}, 2, "takes one file"},
-		{"a file that is not there", "", []string{"run", "nosuch.txt"}, 1, "nosuch.txt"},
-		{"a folder", "", []string{"run", "."}, 1, "is a folder"},
-		{"unknown flag", "", []string{"run", "--blok", "3", path}, 2, "-blok"},
-		{"block of letters", "", []string{"run", "--block", "abc", path}, 2, `"abc" is not a whole number of bytes`},
-		{"block of half a byte", "", []string{"run", "--block", "1.5", path}, 2, `"1.5" is not a whole number of bytes`},
-		{"block 0", "", []string{"run", "--block", "0", path}, 2, "must be from 1 byte to 64 MiB"},
-		{"negative block", "", []string{"run", "--block", "-1", path}, 2, "must be from 1 byte to 64 MiB"},
-		{"block over the limit", "", []string{"run", "--block", "65MiB", path}, 2, "must be from 1 byte to 64 MiB"},
-		{"block over any limit", "", []string{"run", "--block", "9223372036854775808", path}, 2, "must be from 1 byte"},
-		{"no worker", "", []string{"run", "--workers", "0", path}, 2, "must be from 1 to 1000"},
-		{"negative workers", "", []string{"run", "--workers", "-1", path}, 2, "must be from 1 to 1000"},
-		{"a million workers", "", []string{"run", "--workers", "1000000", path}, 2, "must be from 1 to 1000"},
-		{"unknown split", "", []string{"run", "--split", "words", path}, 2, "must be one of lines, bytes, records, csv, json"},
-		{"unknown route", "", []string{"run", "--route", "pigeon", path}, 2, "must be one of direct, gateway"},
-		{"unknown output", "", []string{"run", "--output", "xml", path}, 2, "must be one of text, json"},
-		{"kill without a place", "", []string{"run", "--kill", "2", path}, 2, "must be K@P%"},
-		{"kill of standard input", "a", []string{"run", "--kill", "2@50%", "-"}, 2, "needs a file"},
-		{"delimiter with lines", "", []string{"run", "--delimiter", "x", path}, 2, "delimiter is for --split records and --split csv"},
-		{"an empty delimiter", "", []string{"run", "--split", "records", "--delimiter", "", path}, 2, "must not be empty"},
-		{"a file that cannot be read", "", []string{"run", "/proc/self/mem"}, 1, "/proc/self/mem"},
-		{"kill in a file without a size", "", []string{"run", "--kill", "1@50%", "/proc/version"}, 2, "whose size is known"},
-		{"delimiter too long", "", []string{"run", "--split", "records", "--delimiter", "12345678901234567", path}, 1, "over the limit of 16"},
-		{"broken CSV", "a,\"b\n", []string{"run", "--split", "csv", "-"}, 1, "no closing quote"},
-		{"broken JSON", "[1,,2]", []string{"run", "--split", "json", "-"}, 1, "lacks an element"},
-		{"no gateway there", "", []string{"run", "--gateway", "http://127.0.0.1:1", path}, 1, "connection refused"},
-		{"gateway that is no URL", "", []string{"run", "--gateway", "localhost", path}, 2, "is not a URL"},
-		{"ps without a stack", "", []string{"ps", "--gateway", "http://127.0.0.1:1"}, 1, "sheaf up starts one"},
-		{"up with an argument", "", []string{"up", "now"}, 2, "takes no argument"},
-		{"up at no port", "", []string{"up", "--port", "70000"}, 2, "must be from 0 to 65535"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			got := cli(t, c.stdin, c.args...)
-			if got.code != c.code || !strings.Contains(got.err, c.says) {
-				t.Errorf("exit code %d, want %d, and %q in:\n%s", got.code, c.code, c.says, got.err)
-			}
-			if got.out != "" {
-				t.Errorf("standard output has %q", got.out)
-			}
-			last := got.err[strings.LastIndexByte(strings.TrimSuffix(got.err, "\n"), '\n')+1:]
-			if !strings.HasPrefix(last, "sheaf: ") || strings.Contains(got.err, "goroutine ") {
-				t.Errorf("the last line is %q", last)
-			}
-		})
-	}
-}
-
 func TestHelp(t *testing.T) {
 	for _, args := range [][]string{{"help"}, {"--help"}, {"run", "-h"}, {"up", "-h"}, {"ps", "--help"},
 		{"submit", "-h"}, {"jobs", "-h"}, {"status", "-h"}, {"result", "-h"}, {"cancel", "-h"}, {"redrive", "-h"}} {

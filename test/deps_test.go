@@ -61,6 +61,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	"function": {own: []string{"", "internal/serve", "internal/wire", "master", "worker"}},
 
 	// Functions and commands.
+	"test/mutants":        {},
 	"test/sbom":           {},
 	"functions/wordcount": {own: []string{""}},
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},

@@ -61,3 +61,15 @@ func TestOptionsRefuse(t *testing.T) {
 		}
 	}
 }
+
+// Whatever a secret file holds, nothing of it is told.
+func FuzzOptions(f *testing.F) {
+	f.Add([]byte("SUABCDEFGH"))
+	f.Add([]byte("-----BEGIN NATS USER JWT-----\nx\n------END NATS USER JWT------\n"))
+	f.Fuzz(func(t *testing.T, secret []byte) {
+		_, err := login.Options(secret)
+		if err != nil && len(secret) > 12 && strings.Contains(err.Error(), string(secret)) {
+			t.Errorf("%q is told: %v", secret, err)
+		}
+	})
+}

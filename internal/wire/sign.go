@@ -94,20 +94,29 @@ func NewSigner(secret []byte) (*Signer, error) {
 	_, _ = rand.Read(id[:]) // never fails: crypto/rand ends the program instead
 	s := &Signer{nonce: hex.EncodeToString(id[:])}
 	for _, k := range keys {
-		s.keys = append(s.keys, &signKey{pool: sync.Pool{New: func() any { return hmac.New(sha256.New, k) }}})
+		s.keys = append(s.keys, &signKey{pool: sync.Pool{New: func() any { return &macer{h: hmac.New(sha256.New, k)} }}})
 	}
 	return s, nil
 }
 
-// signKey is a key. The pool keeps states that have the key worked in already.
-type signKey struct{ pool sync.Pool }
+// signKey is a key. The pool keeps states that have the key worked in already,
+// since a MAC is made and one checked for each block at both of its ends.
+type signKey struct{ pool sync.Pool } // of *macer
 
-func (k *signKey) mac(text []byte) (sum [sha256.Size]byte) {
-	h := k.pool.Get().(hash.Hash)
-	h.Reset()
-	h.Write(text)
-	h.Sum(sum[:0])
-	k.pool.Put(h)
+// A macer makes one MAC after the other.
+type macer struct {
+	h    hash.Hash
+	text []byte
+	sum  []byte
+}
+
+func (k *signKey) macer() *macer { return k.pool.Get().(*macer) }
+
+func (m *macer) mac(text []byte) (sum [sha256.Size]byte) {
+	m.h.Reset()
+	m.h.Write(text)
+	m.sum = m.h.Sum(m.sum[:0])
+	copy(sum[:], m.sum)
 	return sum
 }
 
@@ -139,15 +148,17 @@ func (s *Signer) Sign(e Envelope, function, digest string, now time.Time) (heade
 	b = append(b, '.')
 	b = strconv.AppendUint(b, s.count.Add(1), 10)
 	p.key = s.keys[0]
-	p.mac = p.key.mac(s.text(e, function, digest, b))
+	m := p.key.macer()
+	m.text = s.text(m.text[:0], e, function, digest, b)
+	p.mac = m.mac(m.text)
+	p.key.pool.Put(m)
 	b = append(b, ",v1="...)
 	return string(hex.AppendEncode(b, p.mac[:])), p
 }
 
-// text is what the MAC of a request is over. None of its parts can hold a line
-// end: they are numbers, or came or go as headers.
-func (s *Signer) text(e Envelope, function, digest string, when []byte) []byte {
-	b := make([]byte, 0, 512)
+// text appends to b what the MAC of a request is over. None of its parts can
+// hold a line end: they are numbers, or came or go as headers.
+func (s *Signer) text(b []byte, e Envelope, function, digest string, when []byte) []byte {
 	b = append(b, "sheaf request 1\n"...)
 	b = append(b, function...)
 	if !strings.Contains(function, ".") {
@@ -180,12 +191,14 @@ func (s *Signer) Verify(e Envelope, function, digest string, header []string, no
 			"the request carries no "+Signature+"; this function takes signed ones only, because sheaf_key_file is set")
 	}
 	signed, ok := parseSignature(header)
-	text := s.text(e, function, digest, []byte(signed.when))
 	var p Proof
 	for _, k := range s.keys { // each, so that the time does not tell which one it was
-		if mac := k.mac(text); hmac.Equal(mac[:], signed.mac[:]) {
+		m := k.macer()
+		m.text = s.text(m.text[:0], e, function, digest, signed.when)
+		if mac := m.mac(m.text); hmac.Equal(mac[:], signed.mac[:]) {
 			p = Proof{k, mac}
 		}
+		k.pool.Put(m)
 	}
 	if !ok || p.key == nil || digest == "" {
 		return Proof{}, Refuse(http.StatusUnauthorized, CodeForged,
@@ -211,7 +224,7 @@ func expired(now time.Time) *Problem {
 
 // signature is a Signature header of a request.
 type signature struct {
-	when    string // all before the MAC
+	when    []byte // all before the MAC
 	time    time.Time
 	session string
 	number  uint64
@@ -232,7 +245,7 @@ func parseSignature(header []string) (s signature, ok bool) {
 	if _, err := hex.Decode(s.mac[:], []byte(mac)); err != nil {
 		return signature{}, false
 	}
-	s.when, s.time, s.session, s.number = when, time.UnixMilli(ms), session, n
+	s.when, s.time, s.session, s.number = []byte(when), time.UnixMilli(ms), session, n
 	return s, true
 }
 
@@ -247,12 +260,13 @@ func (p Proof) Answer(replica, digest string) string {
 }
 
 func (p Proof) answer(replica, digest string) [sha256.Size]byte {
-	b := make([]byte, 0, 256)
-	b = append(b, "sheaf answer 1\n"...)
+	m := p.key.macer()
+	defer p.key.pool.Put(m)
+	b := append(m.text[:0], "sheaf answer 1\n"...)
 	b = append(b, p.mac[:]...)
 	b = append(append(b, replica...), '\n')
-	b = append(append(b, digest...), '\n')
-	return p.key.mac(b)
+	m.text = append(append(b, digest...), '\n')
+	return m.mac(m.text)
 }
 
 // Errors of [Proof.Check].
