@@ -88,7 +88,8 @@ type byNetHTTP struct {
 }
 
 func newNetHTTP(addrs []string) *byNetHTTP {
-	return &byNetHTTP{addrs, &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4}}}
+	return &byNetHTTP{addrs, &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4, DisableCompression: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
 }
 
 func (f *byNetHTTP) round(_ context.Context, blocks [][]byte) (*wordcount.Counts, error) {
