@@ -57,7 +57,7 @@ func (u *Upload) Bytes() int64 { return u.bytes }
 func (u *Upload) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
 		if u.buf == nil {
-			u.buf = make([]byte, 0, pieceBytes)
+			u.buf = make([]byte, 0, min(pieceBytes, max(len(rest), 4096))) // most inputs are short
 		}
 		n := min(len(rest), pieceBytes-len(u.buf))
 		u.buf = append(u.buf, rest[:n]...)
@@ -104,7 +104,8 @@ func (s *Store) pieceSubject(id, upload string, n int) string {
 
 // Submit stores the job, after its input: it is queued, then, and will end.
 // When there is a job of this ID already, that one is returned, with existed
-// true, or ErrConflict if its Digest is another.
+// true, or ErrConflict if its Digest is another. ErrAway leaves open whether it
+// is stored: the input is kept until its time is over.
 func (u *Upload) Submit(ctx context.Context, r Record) (_ Record, existed bool, err error) {
 	if len(u.buf) > 0 {
 		u.send()
@@ -128,18 +129,26 @@ func (u *Upload) Submit(ctx context.Context, r Record) (_ Record, existed bool, 
 	})
 	u.s.cfg.Step("submit.after")
 	if err != nil {
+		if errors.Is(err, ErrAway) {
+			u.keep() // the record may have been written, and then needs its input
+		}
 		u.Abort()
 		return Record{}, false, fmt.Errorf("store the job: %w", err)
 	}
 	if existed = there.Input.Upload != u.name; existed {
 		u.Abort()
 	}
-	u.cancel(nil)
-	u.done = true
+	u.keep()
 	if there.Digest != r.Digest {
 		err = fmt.Errorf("%w: job %s has another input or other parameters", ErrConflict, u.id)
 	}
 	return there, existed, err
+}
+
+// keep has Abort do nothing.
+func (u *Upload) keep() {
+	u.cancel(nil)
+	u.done = true
 }
 
 // Abort drops what was uploaded. After Submit it does nothing.
