@@ -4,7 +4,7 @@
 .PHONY: help kills build test race check lint fmt fuzz bench rooms thesis memory sim scale readme template proxy worker languages vuln sbom deps images chart chart-readme
 
 help: ## Print this
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## Build the sheaf command into bin/
 	go build -trimpath -o bin/sheaf ./cmd/sheaf
@@ -111,6 +111,10 @@ vuln: ## Look for known vulnerabilities; VULNDB=FOLDER takes a copy of the datab
 
 sbom: build ## Write the bill of materials of bin/sheaf (CycloneDX) beside it
 	go run ./test/sbom bin/sheaf > bin/sheaf.cdx.json
+
+.PHONY: test-kubernetes
+test-kubernetes: ## Test on the Kubernetes of KUBECONFIG, with LOAD_IMAGE and RESTART_APISERVER; docs/KUBERNETES.md says how
+	cd charts && go vet -tags kubernetes ./kubernetes/... && go test -tags kubernetes ./kubernetes -v -count=1 -timeout 90m
 
 deps: ## What the project needs beyond Go: python3 and node, for make languages
 	go mod download

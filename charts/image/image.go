@@ -43,6 +43,7 @@ type Command struct {
 	Name    string            // of the binary in the image, at the root: "worker" is /worker
 	Args    []string          // that the image gives the binary; usually none
 	Env     map[string]string // that the image gives the binary
+	Tags    string            // of the build, separated by commas; usually none
 	Version string            // written on the image as its label; "" means none
 	Ports   []int             // that it listens at, as far as the image tells
 }
@@ -81,7 +82,7 @@ func Build(ctx context.Context, c Command, platforms []v1.Platform) (v1.ImageInd
 // compile builds a static binary that holds no path and no time of this
 // machine.
 func compile(ctx context.Context, c Command, p v1.Platform, out string) error {
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", out, c.Package)
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags", c.Tags, "-ldflags", "-s -w -buildid=", "-o", out, c.Package)
 	cmd.Dir = c.Dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOOS="+p.OS, "GOARCH="+p.Architecture)
 	if said, err := cmd.CombinedOutput(); err != nil {
