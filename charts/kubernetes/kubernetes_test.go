@@ -122,19 +122,24 @@ func (c *cluster) during(t *testing.T, what string, d time.Duration, f func()) h
 		err error
 	}
 	done := make(chan outcome, 1)
-	begun := time.Now()
 	go func() {
 		h, err := c.job("block=4KiB", input, over(input, d))
 		done <- outcome{h, err}
 	}()
 	time.Sleep(d / 10)
+	begun := time.Now()
 	f()
-	ended := time.Since(begun)
+	took := time.Since(begun)
+	select {
+	case o := <-done:
+		t.Fatalf("%s: the job ended before all was done to it (%v); it must last longer than %.1f s", what, o.err, took.Seconds())
+	default:
+	}
 	o := <-done
 	if o.err != nil {
 		t.Fatalf("%s: %v", what, o.err)
 	}
-	t.Logf("%s: right; %s blocks on %s replicas in %s (what was done to it took %.1f s)", what, o.h.Get("Sheaf-Blocks"), o.h.Get("Sheaf-Replicas"), o.h.Get("Sheaf-Elapsed"), ended.Seconds())
+	t.Logf("%s: right; %s blocks on %s replicas in %s (what was done to it took %.1f s)", what, o.h.Get("Sheaf-Blocks"), o.h.Get("Sheaf-Replicas"), o.h.Get("Sheaf-Elapsed"), took.Seconds())
 	return o.h
 }
 
@@ -399,13 +404,13 @@ func (c *cluster) gone(t *testing.T, selector string) {
 func restartConnector(c *cluster, t *testing.T) {
 	c.scale("worker", 4)
 	c.settled("worker", 4)
-	c.during(t, "the connector was killed during a job", 15*time.Second, func() { c.gone(t, "app.kubernetes.io/component=connector") })
+	c.during(t, "the connector was killed during a job", 30*time.Second, func() { c.gone(t, "app.kubernetes.io/component=connector") })
 	c.scale("worker", 5)
 	c.settled("worker", 5)
 }
 
 func restartNATS(c *cluster, t *testing.T) {
-	c.during(t, "NATS was killed during a job, and its streams were lost", 15*time.Second, func() { c.gone(t, "app.kubernetes.io/component=nats") })
+	c.during(t, "NATS was killed during a job, and its streams were lost", 30*time.Second, func() { c.gone(t, "app.kubernetes.io/component=nats") })
 	c.settled("worker", 5)
 	c.scale("worker", 6)
 	c.settled("worker", 6)
@@ -419,7 +424,7 @@ func restartAPI(c *cluster, t *testing.T) {
 		t.Log("NOT RUN: RESTART_APISERVER is none")
 		return
 	}
-	c.during(t, "the API server was restarted during a job", 20*time.Second, func() {
+	c.during(t, "the API server was restarted during a job", 45*time.Second, func() {
 		c.command("sh", "-c", os.Getenv("RESTART_APISERVER"))
 		until(t, "the API server is back", func() (string, bool) {
 			_, err := c.endpoints("worker")

@@ -298,8 +298,6 @@ func worker(annotations *map[string]string) types.FunctionDeployment {
 		EnvVars: map[string]string{"sheaf_function": "worker"}}
 }
 
-// master is a function with more replicas than one would need, so that none of
-// them is missed.
 func master() types.FunctionDeployment {
 	return types.FunctionDeployment{Service: "master", Image: "localhost/sheaf/master:test", ReadOnlyRootFilesystem: true,
 		Annotations: &map[string]string{"com.openfaas.ready.http.initialDelay": "0", "com.openfaas.ready.http.period": "1"},
@@ -341,7 +339,7 @@ func (c *cluster) record(function string) ([]replica, error) {
 	return nil, nil
 }
 
-// slices returns the addresses of the ready pods of a function, by Kubernetes.
+// endpoints returns the addresses of the ready pods of a function, by Kubernetes.
 func (c *cluster) endpoints(function string) ([]string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()

@@ -40,12 +40,14 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	k8stypes "k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	applisters "k8s.io/client-go/listers/apps/v1"
 	discoverylisters "k8s.io/client-go/listers/discovery/v1"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/retry"
 )
 
 // label names a function on all that it is made of.
@@ -312,14 +314,17 @@ func (p *provider) update(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	api := p.client.AppsV1().Deployments(p.namespace)
-	d, err := api.Get(r.Context(), f.Service, metav1.GetOptions{})
+	err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+		d, err := api.Get(r.Context(), f.Service, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		d.Annotations, d.Spec.Template = values(f.Annotations), template(f)
+		d.Spec.Template.Labels["uid"] = strconv.FormatUint(rand.Uint64(), 36)
+		_, err = api.Update(r.Context(), d, metav1.UpdateOptions{})
+		return err
+	})
 	if err != nil {
-		refuse(w, err)
-		return
-	}
-	d.Annotations, d.Spec.Template = values(f.Annotations), template(f)
-	d.Spec.Template.Labels["uid"] = strconv.FormatUint(rand.Uint64(), 36)
-	if _, err := api.Update(r.Context(), d, metav1.UpdateOptions{}); err != nil {
 		refuse(w, err)
 		return
 	}
@@ -347,13 +352,9 @@ func (p *provider) scale(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	api := p.client.AppsV1().Deployments(p.namespace)
-	s, err := api.GetScale(r.Context(), f.ServiceName, metav1.GetOptions{})
-	if err != nil {
-		refuse(w, err)
-		return
-	}
-	s.Spec.Replicas = int32(f.Replicas)
-	if _, err := api.UpdateScale(r.Context(), f.ServiceName, s, metav1.UpdateOptions{}); err != nil {
+	// A patch, because controllers write to the Deployment all the time.
+	patch := fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, f.Replicas)
+	if _, err := api.Patch(r.Context(), f.ServiceName, k8stypes.MergePatchType, patch, metav1.PatchOptions{}, "scale"); err != nil {
 		refuse(w, err)
 		return
 	}
