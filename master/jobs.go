@@ -415,8 +415,12 @@ func (h *Handler) show(r *http.Request, rec jobs.Record) shownJob {
 	p := jobs.Progress{Total: max(0, rec.Input.Blocks), Queued: max(0, rec.Input.Blocks)}
 	if rec.Progress != nil {
 		p = *rec.Progress
-	} else if known, now, _, ok := h.Jobs.Known(rec.ID); ok && known.Revision == rec.Revision {
+	} else if known, now, _, ok := h.Jobs.Known(rec.ID); ok && known.Redrives == rec.Redrives {
+		// What this master knows may be a little older than the record: blocks
+		// that were done then still are.
 		p = now
+		p.Queued += max(0, rec.Input.Blocks-p.Total)
+		p.Total = max(p.Total, rec.Input.Blocks)
 	}
 	s := shownJob{ID: rec.ID, State: rec.State, Function: h.Function, Created: rec.Created, Started: rec.Started, Finished: rec.Finished,
 		Expires: rec.Expires, Bytes: rec.Input.Bytes, Blocks: shownBlocks{p.Total, p.Queued, p.Running, p.Done, p.Failed, p.Stopped, rec.Input.Blocks < 0 && !rec.State.Final()},
