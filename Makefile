@@ -66,6 +66,10 @@ SOAK = -soak.jobs $(JOBS) -soak.kill $(KILL) -soak.master $(MASTER) -soak.nats $
 soak: ## Run JOBS jobs (500) while workers (each KILL, 100ms), masters (MASTER, 5s) and NATS (NATS, 20s) fail; SEED repeats it
 	go test ./test -run 'TestSoak$$' $(SOAK)
 
+.PHONY: reliability
+reliability: ## Run the soak, simulations and fault suites, and write docs/RELIABILITY.md anew
+	go run ./test/reliability -jobs $(JOBS) -kill $(KILL) -master $(MASTER) -nats $(NATS) -seed $(SEED)
+
 kills: ## Kill masters at each step that they store, and each 300ms while JOBS jobs (500) run
 	go test ./test -run 'TestSoak$$|TestMasterDiesAtEachStep' $(SOAK) -soak.master 300ms -soak.nats 0
 

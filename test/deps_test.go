@@ -63,6 +63,7 @@ var rooms = map[string]struct{ own, modules []string }{
 	// Functions and commands.
 	"test/mutants":        {},
 	"test/sbom":           {},
+	"test/reliability":    {},
 	"functions/wordcount": {own: []string{""}},
 	"functions/worker":    {own: []string{"functions/wordcount", "worker"}},
 	"functions/master":    {own: []string{"function", "functions/wordcount", "master"}},

@@ -36,7 +36,7 @@ var (
 	soakMaster = flag.Duration("soak.master", time.Second, "a master is killed, or stopped for longer than its lease, so often; 0 means never")
 	soakNATS   = flag.Duration("soak.nats", 2*time.Second, "NATS ends so often, and comes back; 0 means never")
 	soakSeed   = flag.Uint64("soak.seed", 0, "what fails, and when; 0 means another each time")
-	soakReport = flag.String("soak.report", "", "file to write what happened to, as JSON, relative to the root")
+	soakReport = flag.String("soak.report", "", "`file` to write what happened to, as JSON")
 )
 
 // soakPatience is how long a job may take in all. One that was accepted and has
@@ -500,7 +500,7 @@ func (s *soak) write() {
 	}
 	r := &s.report
 	r.Commit = said("git", "rev-parse", "--short=12", "HEAD")
-	if said("git", "status", "--porcelain", "--", "*.go", "go.mod") != "" {
+	if said("git", "status", "--porcelain", "--", "../*.go", "../go.mod") != "" {
 		r.Commit += ", changed"
 	}
 	r.Machine = fmt.Sprintf("%d cores, %s, %s", runtime.NumCPU(), memorySize(s.t), runtime.GOOS+"/"+runtime.GOARCH)
@@ -508,7 +508,7 @@ func (s *soak) write() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if err := os.WriteFile("../"+*soakReport, append(out, '\n'), 0o644); err != nil {
+	if err := os.WriteFile(*soakReport, append(out, '\n'), 0o644); err != nil {
 		s.t.Error(err)
 	}
 }

@@ -36,6 +36,8 @@ func main() {
 	// The functions that the local provider runs are in this very binary.
 	if len(os.Args) == 3 && os.Args[1] == functionCommand {
 		switch os.Args[2] {
+		case "witness":
+			runWitness()
 		case "worker":
 			worker.Main(wordcount.Count)
 		case "master":
@@ -98,6 +100,7 @@ Usage: sheaf COMMAND [FLAGS]
   cancel ID    end a job
   redrive ID   run those blocks of a failed job again that have no result
 
+  conform     print what is promised on each way to a function, and check it
   bench       measure sheaf side by side with what else one could build
   version     print the version
   help        print this; sheaf COMMAND -h prints a command's flags
@@ -140,6 +143,8 @@ func run(ctx context.Context, args []string, s std) error {
 		return jobCommand("cancel", http.MethodDelete, "", "sheaf cancel 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
 	case "redrive":
 		return jobCommand("redrive", http.MethodPost, "/redrive", "sheaf redrive 3WQH6B2V5ZLE4C7XJ3N2YAMKRT")(ctx, args[1:], s)
+	case "conform":
+		return conform(ctx, args[1:], s)
 	case "bench":
 		return benchmark(ctx, args[1:], s)
 	case "version", "--version", "-version":
