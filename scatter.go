@@ -127,7 +127,6 @@ func (b *inbox) put(h happening) {
 // take empties the inbox. The slice that it returns takes the place of the one
 // that it is given.
 func (b *inbox) take(old []happening) []happening {
-	clear(old)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	list := b.list
@@ -191,6 +190,7 @@ func (s *scatter) run(blocks iter.Seq2[Block, error], yield func(Result, error) 
 				return err
 			}
 		}
+		clear(batch) // it must not hold results and blocks until the next one comes
 		s.setTimer()
 		select {
 		case <-s.inbox.wake:

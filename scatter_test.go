@@ -8,6 +8,7 @@ import (
 	"iter"
 	"maps"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -755,5 +756,51 @@ func BenchmarkScatter(b *testing.B) {
 				b.Fatal(err)
 			}
 		}
+	}
+}
+
+// A scatter that waits holds nothing of what it has yielded: neither the block
+// nor its result.
+func TestScatterLetsGo(t *testing.T) {
+	const size = 1 << 20
+	freed := make(chan string, 2)
+	watched := func(what string) []byte {
+		b := make([]byte, size)
+		runtime.AddCleanup(&b[0], func(s string) { freed <- s }, what)
+		return b
+	}
+	blocks := func(yield func(sheaf.Block, error) bool) {
+		_ = yield(sheaf.Block{Data: watched("the block")}, nil) && yield(sheaf.Block{}, nil)
+	}
+	begun := make(chan struct{})
+	route := sheaf.RouteFunc(func(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
+		if req.Index == 0 {
+			<-begun // so that what follows is all there
+			return &sheaf.Reply{Body: watched("the result")}, nil
+		}
+		close(begun)
+		for range 2 {
+			for what := ""; what == ""; {
+				runtime.GC()
+				select {
+				case what = <-freed:
+				case <-ctx.Done():
+					return nil, ctx.Err()
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		}
+		return &sheaf.Reply{}, nil
+	})
+	g := sheaf.Group{Function: "f", Route: route, Resolver: ready(2), NoHedge: true, Attempts: 1, Timeout: 20 * time.Second}
+	n := 0
+	for r, err := range g.Scatter(t.Context(), blocks) {
+		if err != nil {
+			t.Fatalf("after %d results: %v", n, err)
+		}
+		n += 1 + len(r.Data)
+	}
+	if n != 2+size {
+		t.Errorf("got %d", n)
 	}
 }

@@ -6,9 +6,11 @@ package direct
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -22,6 +24,11 @@ import (
 // inline is how long a message may be, in bytes, that is written by whoever
 // begins the call: it fits the socket's empty buffer, so nobody waits.
 const inline = 8 << 10
+
+// brief is how long whoever begins a call at least tries to write it, and twice
+// that at most: the buffer is not empty if the replica answers what it does not
+// read.
+const brief = 50 * time.Millisecond
 
 // A call is one request on its way.
 type call struct {
@@ -74,7 +81,8 @@ type conn struct {
 	call    *call // in flight
 	writing bool  // its request is being written
 	written *sync.Cond
-	limited bool      // writing has a deadline
+	writeBy time.Time // the deadline for writing; zero is none
+	limited bool      // it is the last one for this request
 	unsent  error     // why nothing of it was written
 	broken  bool      // carries no other call
 	since   time.Time // when it became idle
@@ -101,7 +109,8 @@ func (c *conn) send(k *call) {
 
 func (c *conn) write(k *call) {
 	body := wire.Body(k.req)
-	b, proof, unsent := c.route.caller.AppendHead(append(c.head[:0], c.host.start...), k.req, body, time.Now())
+	now := time.Now()
+	b, proof, unsent := c.route.caller.AppendHead(append(c.head[:0], c.host.start...), k.req, body, now)
 	if proof.Signed() {
 		c.route.mu.Lock()
 		k.proof = proof
@@ -116,12 +125,47 @@ func (c *conn) write(k *call) {
 		err = unsent
 	case len(b)+len(body) <= inline:
 		b = append(b, body...)
-		_, err = c.nc.Write(b)
+		if c.writeBy.Sub(now) < brief {
+			c.allow(now.Add(2 * brief))
+		}
+		var n int
+		if n, err = c.nc.Write(b); errors.Is(err, os.ErrDeadlineExceeded) && c.allow(time.Time{}) {
+			c.head = b
+			c.writeRest(b[n:])
+			return
+		}
 	default:
+		if !c.writeBy.IsZero() {
+			c.allow(time.Time{})
+		}
 		_, err = (&net.Buffers{b, body}).WriteTo(c.nc)
 	}
 	c.head = b
+	c.wrote(unsent, err)
+}
 
+// writeRest writes the rest of a request, for as long as that takes.
+func (c *conn) writeRest(b []byte) {
+	c.route.conns.Go(func() {
+		_, err := c.nc.Write(b)
+		c.wrote(nil, err)
+	})
+}
+
+// allow sets the deadline for writing, unless it is the last one already.
+func (c *conn) allow(until time.Time) bool {
+	c.route.mu.Lock()
+	defer c.route.mu.Unlock()
+	if c.limited {
+		return false
+	}
+	c.writeBy = until
+	_ = c.nc.SetWriteDeadline(until)
+	return true
+}
+
+// wrote notes how the writing of a request ended.
+func (c *conn) wrote(unsent, err error) {
 	c.route.mu.Lock()
 	defer c.route.mu.Unlock()
 	c.writing = false
@@ -187,7 +231,7 @@ func (c *conn) finish(answered bool) (more bool, unsent error) {
 	if c.writing && more {
 		// Most likely the writer has not come back from its last system call.
 		// But the replica may have refused a block of which it read only a part.
-		_ = c.nc.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		_ = c.nc.SetWriteDeadline(time.Now().Add(brief))
 		c.limited = true
 	}
 	if !more {
@@ -205,7 +249,7 @@ func (c *conn) finish(answered bool) (more bool, unsent error) {
 	}
 	if c.limited {
 		_ = c.nc.SetWriteDeadline(time.Time{})
-		c.limited = false
+		c.limited, c.writeBy = false, time.Time{}
 	}
 	c.since = time.Now()
 	c.host.idle = append(c.host.idle, c)

@@ -55,6 +55,8 @@ func (a *Answers) Next() (*http.Response, error) {
 		a.body = body{r: a.r, left: a.head.Length}
 		switch {
 		case code == http.StatusNoContent || code == http.StatusNotModified:
+			// A 204 that tells of a body is wrong, and may be followed by one.
+			a.end = a.end || a.head.Chunked || code == http.StatusNoContent && a.head.Length > 0
 			a.resp.ContentLength, a.body.left = 0, 0
 		case a.head.Chunked && minor == 0:
 			return nil, fmt.Errorf("%w: chunks in HTTP/1.0", ErrMalformed)

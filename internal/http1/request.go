@@ -14,7 +14,7 @@ func (h *Head) PostsRoot() bool {
 	if h.Start != "POST / HTTP/1.1" || h.Length < 0 {
 		return false
 	}
-	if host := h.Header["Host"]; len(host) != 1 || host[0] == "" || strings.ContainsAny(host[0], " \t/?#@\\,") {
+	if host := h.Header["Host"]; len(host) != 1 || !hostname(host[0]) {
 		return false
 	}
 	for _, key := range []string{"Expect", "Upgrade", "Trailer", "Te", "Content-Encoding"} {
@@ -28,6 +28,19 @@ func (h *Head) PostsRoot() bool {
 		}
 	}
 	return true
+}
+
+// hostname says whether s is made of what the name of a host and its port are
+// made of; servers do not agree on what else they refuse.
+func hostname(s string) bool {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '.', c == '-', c == '_', c == ':', c == '[', c == ']':
+		default:
+			return false
+		}
+	}
+	return s != ""
 }
 
 // Body returns a reader of the h.Length bytes of body that follow the head in

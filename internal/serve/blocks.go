@@ -222,7 +222,7 @@ func (c *blockConn) serve() {
 			return
 		}
 		if err != nil || !c.plain(n, begun) {
-			_ = c.nc.SetReadDeadline(time.Time{})
+			_ = c.nc.SetDeadline(time.Time{}) // net/http sets its own, but for writing
 			handed = c.f.others.take(&replay{Conn: c.nc, r: c.r})
 			return
 		}
@@ -303,8 +303,8 @@ func (c *blockConn) block(begun time.Time) bool {
 	c.begin()
 	result, more, p := c.f.handler.ServeBlock(callerCtx{c.ctx, c}, c.admission, c.head.Header, data, readErr, begun)
 	c.end()
-	if c.ctx.Err() != nil && c.f.base.Err() == nil {
-		return false // nobody is there to be answered
+	if c.ctx.Err() != nil {
+		c.last = true // the caller has left, or ended its side only, and waits for the answer
 	}
 	if p != nil {
 		return c.refuse(p)
@@ -409,7 +409,7 @@ func (c *blockConn) end() {
 func (c *blockConn) look() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.working || c.looks || c.last {
+	if !c.working || c.looks {
 		return
 	}
 	c.looks = true
@@ -454,6 +454,16 @@ func (c *replay) Read(p []byte) (int, error) {
 		c.r = nil
 	}
 	return c.Conn.Read(p)
+}
+
+// CloseWrite ends our side. net/http does so after an answer that it gives
+// before the request has ended, and then waits: a connection that is closed at
+// once would take that answer with it.
+func (c *replay) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
 }
 
 // handover is the net.Listener from which net/http takes connections that are

@@ -50,7 +50,20 @@ func (e *echo) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, "cut").Write(w)
 		return
 	}
+	watch(r.Context(), r.Header)
 	_, _ = w.Write(e.note(r.Header, b))
+}
+
+// watch waits for the caller to leave, if h says so.
+func watch(ctx context.Context, h http.Header) {
+	if h["X-Watch"] == nil {
+		return
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(soon):
+		h.Set("X-Test", "nobody left")
+	}
 }
 
 type shortEcho struct{ *echo }
@@ -59,10 +72,11 @@ func (shortEcho) Room() (int64, time.Duration) { return 1 << 16, soon }
 
 func (shortEcho) Admit(http.Header, time.Time) (a serve.Admission, p *wire.Problem) { return a, nil }
 
-func (e shortEcho) ServeBlock(_ context.Context, _ serve.Admission, h http.Header, block []byte, err error, _ time.Time) ([]byte, bool, *wire.Problem) {
+func (e shortEcho) ServeBlock(ctx context.Context, _ serve.Admission, h http.Header, block []byte, err error, _ time.Time) ([]byte, bool, *wire.Problem) {
 	if err != nil {
 		return nil, false, wire.Refuse(http.StatusBadRequest, wire.CodeTruncated, "cut")
 	}
+	watch(ctx, h)
 	return e.note(h, block), false, nil
 }
 
@@ -179,6 +193,11 @@ var requests = map[string]string{
 	"an empty line first":          "\r\nPOST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\na",
 	"a block in the next head":     "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabcdefPOST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
 	"another replica's":            "POST / HTTP/1.1\r\nHost: x\r\nSheaf-To: worker/r2\r\nContent-Length: 3\r\n\r\nabcPOST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nb",
+	"ends its side":                "POST / HTTP/1.1\r\nHost: x\r\nX-Watch: 1\r\nContent-Length: 1\r\n\r\na",
+	"ends its side, and closes":    "POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Watch: 1\r\nContent-Length: 1\r\n\r\na",
+	"a host in quotes":             "POST / HTTP/1.1\r\nHost: \"x\"\r\nContent-Length: 1\r\n\r\na",
+	"a host over ASCII":            "POST / HTTP/1.1\r\nHost: \xff\r\nContent-Length: 1\r\n\r\na",
+	"a host in braces":             "POST / HTTP/1.1\r\nHost: {x}\r\nContent-Length: 1\r\n\r\na",
 	"an upgrade":                   "POST / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n\r\na",
 }
 
@@ -204,6 +223,64 @@ func TestSameAsNetHTTP(t *testing.T) {
 				t.Errorf("%s, in %d pieces: net/http answers %q to calls %q, the short way %q to %q", name, pieces, told[0], seen[0], told[1], seen[1])
 			}
 		}
+	}
+}
+
+// hasty is a function whose blocks must come at once, and its results leave.
+type hasty struct{ shortEcho }
+
+func (hasty) Room() (int64, time.Duration) { return 1 << 16, 50 * time.Millisecond }
+
+// What is set for a block does not hold for what follows it on the connection,
+// which net/http serves.
+func TestHandedOver(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = (&serve.Server{Handler: hasty{shortEcho{&echo{}}}, Grace: soon}).Serve(ctx, l) })
+	defer wg.Wait()
+	defer cancel()
+	for name, c := range map[string]struct {
+		text   string
+		status int
+	}{
+		"a probe": {"GET /_/health HTTP/1.1\r\nHost: x\r\n\r\n", 200},
+		"chunks":  {"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", 200},
+		// The rest is not waited for: the connection ends after the answer, and not
+		// by a reset, which might take the answer with it.
+		"a block too long": {"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + strings.Repeat("a", 100_000), 400},
+	} {
+		t.Run(name, func(t *testing.T) {
+			nc, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer nc.Close()
+			_ = nc.SetDeadline(time.Now().Add(2 * soon))
+			in := bufio.NewReader(nc)
+			for i, text := range []string{requests["a block"], c.text} {
+				if _, err := io.WriteString(nc, text); err != nil {
+					t.Fatal(err)
+				}
+				resp, err := http.ReadResponse(in, nil)
+				if err != nil {
+					t.Fatalf("answer %d: %v", i, err)
+				}
+				_, err = io.Copy(io.Discard, resp.Body)
+				if want := []int{200, c.status}[i]; err != nil || resp.StatusCode != want {
+					t.Errorf("answer %d: %s %v, want %d", i, resp.Status, err, want)
+				}
+				time.Sleep(100 * time.Millisecond) // longer than the result of a block may take to leave
+			}
+			if c.status == 400 {
+				if _, err = in.ReadByte(); err != io.EOF {
+					t.Errorf("the connection ended by %v", err)
+				}
+			}
+		})
 	}
 }
 
