@@ -45,7 +45,7 @@ var suites = []struct{ what, room, run string }{
 	{"blocks meant for another function or replica, and answers of another one", "./internal/serve ./internal/wire", "."},
 	{"masters killed before and after each step that they store; stopped past their lease", "./test", "TestMasterDiesAtEachStep|TestMasterStopsPastItsLease"},
 	{"workers killed, hung, scaled away; the record stale; NATS away; the client gone", "./test", "TestKillsWhileJobsRun|TestHungWorker|TestAllButOneKilled|TestNATSAway|TestScaleWhileJobsRun|TestClientGoes|TestResumeFromCheckpoint"},
-	{"disk full, folder not writable, few descriptors, address taken by another function", "./test", "TestDisk|TestReadOnly|TestFewDescriptors|TestAddressOfAnother|TestStoreOfJobsIsFull"},
+	{"no room in the store of jobs", "./test", "TestStoreOfJobsIsFull"},
 	{"asynchronous calls: replicas that die, the stack stopped and killed, callbacks that fail", "./local", "TestAsync|TestCallback"},
 	{"buses ended and started again, work slower than the acknowledgement, connectors ended", "./broker ./connector", "."},
 	{"the record of replicas: NATS away, providers that fail, streams that stall", "./registry", "."},
