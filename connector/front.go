@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
@@ -31,3 +32,7 @@ func (c *Connector) Front(replicas http.Handler) http.Handler {
 	}
 	return mux
 }
+
+// Show adds metrics of somebody else to those that Front shows. It panics if
+// some of them have been added before.
+func (c *Connector) Show(others prometheus.Collector) { c.metrics.registry.MustRegister(others) }

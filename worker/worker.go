@@ -124,7 +124,8 @@ func Reject(err error) error { return rejection{err} }
 // running calls to end after SIGTERM), healthcheck_interval (how long new calls
 // are taken after SIGTERM), max_block (bytes), sheaf_key_file (a secret, with
 // which blocks and results are signed), replicas_url (where the record of
-// replicas is, for calls of ranks and [Siblings]).
+// replicas is, for calls of ranks and [Siblings]), hello_url (where the replica
+// announces itself, for providers that tell no addresses).
 func Main(f Func) {
 	os.Exit(serve.Main(func(getenv func(string) string) (*serve.Server, func(), error) {
 		s, err := Env(f, getenv)

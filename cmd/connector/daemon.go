@@ -9,10 +9,12 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +25,7 @@ import (
 	"github.com/sheaf-project/sheaf/broker"
 	"github.com/sheaf-project/sheaf/connector"
 	"github.com/sheaf-project/sheaf/gateway"
+	"github.com/sheaf-project/sheaf/hello"
 	"github.com/sheaf-project/sheaf/internal/serve"
 	"github.com/sheaf-project/sheaf/internal/wire"
 	"github.com/sheaf-project/sheaf/kube"
@@ -54,8 +57,9 @@ type daemon struct {
 	record    string // URL of the NATS that holds the record of replicas
 	options   broker.Options
 	listen    string
-	source    string // of addresses
-	namespace string // of functions, on Kubernetes
+	sources   []string      // of addresses
+	hello     *hello.Source // nil unless it is one of them
+	namespace string        // of functions, on Kubernetes
 	watch     bool
 	durable   bool
 	user      string
@@ -139,8 +143,27 @@ func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*d
 	d.url = natsURL(v.String("broker_host", v.String("nats_url", "nats://nats.openfaas:4222")))
 	d.record = natsURL(v.String("nats_url", d.url))
 	d.namespace = v.String("function_namespace", registry.DefaultNamespace)
-	if d.source = v.String("replica_source", sourceGateway); d.source != sourceGateway && d.source != sourceKube {
-		fail("replica_source", d.source, sourceGateway+" or "+sourceKube)
+	for one := range strings.SplitSeq(v.String("replica_source", sourceGateway), ",") {
+		if one = strings.TrimSpace(one); one != sourceGateway && one != sourceKube && one != sourceHello || slices.Contains(d.sources, one) {
+			fail("replica_source", getenv("replica_source"), fmt.Sprintf("%s, %s or %s, or several of them, each once, with commas between", sourceGateway, sourceKube, sourceHello))
+		}
+		d.sources = append(d.sources, one)
+	}
+	if slices.Contains(d.sources, sourceHello) {
+		d.hello = &hello.Source{Signer: v.Signer(), Lease: positive("hello_lease", hello.DefaultLease), Loopback: boolean("hello_loopback", false), Log: d.log}
+		if lease := d.hello.Lease; lease < time.Second || lease > time.Hour {
+			fail("hello_lease", getenv("hello_lease"), "a duration from 1s to 1h")
+		}
+		for one := range strings.SplitSeq(getenv("hello_networks"), ",") {
+			if one = strings.TrimSpace(one); one == "" {
+				continue
+			}
+			network, err := netip.ParsePrefix(one)
+			if err != nil {
+				fail("hello_networks", one, "networks such as 10.62.0.0/16, with commas between")
+			}
+			d.hello.Networks = append(d.hello.Networks, network)
+		}
 	}
 	d.options = broker.Options{Name: "sheaf connector " + getenv("HOSTNAME"), Credentials: getenv("nats_creds"), CA: getenv("nats_ca")}
 	for name, file := range map[string]string{"nats_creds": d.options.Credentials, "nats_ca": d.options.CA} {
@@ -175,6 +198,7 @@ func read(getenv func(string) string, readFile func(string) ([]byte, error)) (*d
 const (
 	sourceGateway = "gateway" // the stream that the local provider has beside its gateway
 	sourceKube    = "kube"    // the EndpointSlices of Kubernetes
+	sourceHello   = "hello"   // replicas announce themselves
 )
 
 // natsURL makes a URL of what OpenFaaS's connectors take: a host, or host:port.
@@ -221,7 +245,25 @@ func (d *daemon) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	front := &http.Server{Handler: c.Front(record), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+	var watcher *registry.Watcher
+	if d.watch {
+		api, err := gateway.NewClient(c.Gateway, d.user, d.password)
+		if err != nil {
+			return err
+		}
+		defer api.Close()
+		if watcher, err = d.newWatcher(views, api); err != nil {
+			return err
+		}
+		c.Show(watcherMetrics{watcher.Stats})
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/", c.Front(record))
+	if d.watch && d.hello != nil {
+		mux.Handle("/hello", d.hello)
+		c.Show(helloMetrics{d.hello})
+	}
+	front := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug)}
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -242,19 +284,8 @@ func (d *daemon) run(ctx context.Context) error {
 		}
 	})
 	d.log.Info("connector starts", "gateway", c.Gateway, "broker", redact(d.url), "type", d.broker.Type, "topics", c.Topics, "listen", l.Addr().String())
-	if d.watch {
-		api, err := gateway.NewClient(c.Gateway, d.user, d.password)
-		if err != nil {
-			return err
-		}
-		defer api.Close()
-		var source registry.Source = api
-		if d.source == sourceKube {
-			if source, err = kube.InCluster(d.namespace, d.log); err != nil {
-				return fmt.Errorf("environment variable replica_source is kube: %w", err)
-			}
-		}
-		wg.Go(func() { d.watcher(ctx, views, api, source) })
+	if watcher != nil {
+		wg.Go(func() { d.keep(ctx, watcher) })
 	}
 	if err := c.Open(ctx, d.broker); err != nil {
 		if ctx.Err() != nil {
@@ -271,12 +302,33 @@ func (d *daemon) run(ctx context.Context) error {
 	return nil
 }
 
-// watcher keeps the record of replicas, again and again.
-func (d *daemon) watcher(ctx context.Context, nc *nats.Conn, provider registry.Provider, source registry.Source) {
+// newWatcher makes the watcher of the sources that replica_source names.
+func (d *daemon) newWatcher(nc *nats.Conn, api *gateway.Client) (*registry.Watcher, error) {
+	provider := &listed{Provider: api}
+	var sources []registry.Source
+	for _, one := range d.sources {
+		switch one {
+		case sourceKube:
+			source, err := kube.InCluster(d.namespace, d.log)
+			if err != nil {
+				return nil, fmt.Errorf("environment variable replica_source names kube: %w", err)
+			}
+			sources = append(sources, source)
+		case sourceHello:
+			d.hello.Known = provider.has
+			sources = append(sources, d.hello)
+		default:
+			sources = append(sources, api)
+		}
+	}
+	return &registry.Watcher{Conn: nc, Provider: provider, Source: registry.Merge(sources...), Durable: d.durable, Log: d.log}, nil
+}
+
+// keep keeps the record of replicas, again and again.
+func (d *daemon) keep(ctx context.Context, w *registry.Watcher) {
 	told := false
 	for ctx.Err() == nil {
-		w := &registry.Watcher{Conn: nc, Provider: provider, Source: source, Durable: d.durable, Log: d.log}
-		if err := w.Run(ctx); err != nil && ctx.Err() == nil && !told && nc.IsConnected() {
+		if err := w.Run(ctx); err != nil && ctx.Err() == nil && !told && w.Conn.IsConnected() {
 			told = true
 			d.log.Warn("the record of replicas cannot be kept; trying again", "err", err)
 		}

@@ -39,7 +39,12 @@ func TestEnvironment(t *testing.T) {
 		{"asynchronous_invocation=maybe", `asynchronous_invocation is "maybe"`},
 		{"nats_creds=/no/creds", `nats_creds is "/no/creds"; expected the path`},
 		{"replica_source=kube function_namespace=fn nats_url=nats://a:1 broker_host=b", ""},
-		{"replica_source=dns", `replica_source is "dns"; expected gateway or kube`},
+		{"replica_source=dns", `replica_source is "dns"; expected gateway, kube or hello`},
+		{"replica_source=kube,hello hello_lease=30s hello_networks=10.62.0.0/16,fd00::/8 hello_loopback=true", ""},
+		{"replica_source=hello,hello", `replica_source is "hello,hello"; expected`},
+		{"replica_source=hello hello_lease=1ms", `hello_lease is "1ms"; expected a duration from 1s to 1h`},
+		{"replica_source=hello hello_networks=10.62.0.1", `hello_networks is "10.62.0.1"; expected networks`},
+		{"replica_source=hello sheaf_key_file=/no/key", `sheaf_key_file is "/no/key"; expected a file`},
 		{"print_response=true print_sync=1 print_response_body=false", ""},
 	} {
 		env := map[string]string{}

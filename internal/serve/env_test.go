@@ -63,6 +63,7 @@ func TestEnv(t *testing.T) {
 
 func TestEnvRefuses(t *testing.T) {
 	for _, c := range []struct{ name, value, expected string }{
+		{"hello_url", "connector:8080/hello", "a URL such as http://sheaf-connector:8080/hello"},
 		{"port", "http", "a whole number from 1 to 65535"},
 		{"port", "0", "a whole number from 1 to 65535"},
 		{"port", "70000", "a whole number from 1 to 65535"},
@@ -127,5 +128,31 @@ func TestMainExitCodes(t *testing.T) {
 				t.Errorf("exit code %d (stopped %d times), want %d (%d)", code, stopped, c.code, c.stopped)
 			}
 		})
+	}
+}
+
+// A replica that announces itself has a name of its own: on faasd its host is
+// named as its function.
+func TestEnvHello(t *testing.T) {
+	url := "http://connector:8080/hello"
+	if _, err := serve.Env(env("hello_url", url)); err == nil || !strings.Contains(err.Error(), "sheaf_function") {
+		t.Errorf("without a function: %v", err)
+	}
+	for _, c := range []struct{ host, replica, want string }{
+		{"", "", "worker-"}, {"worker", "", "worker-"}, {"worker-7d9f-x", "", "worker-7d9f-x"}, {"worker", "mine", "mine"},
+	} {
+		get := env("hello_url", url, "sheaf_function", "worker.team", "HOSTNAME", c.host, "sheaf_replica", c.replica, "OPENFAAS_NAMESPACE", "team")
+		a, err := serve.Env(get)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := serve.Env(get)
+		if err != nil {
+			t.Fatal(err)
+		}
+		made := strings.HasSuffix(c.want, "-")
+		if !strings.HasPrefix(a.Replica, c.want) || made != (a.Replica != b.Replica) || !made && a.Replica != c.want || a.Function != "worker" || a.Namespace != "team" || a.Hello != url {
+			t.Errorf("%+v: function %s in %s, replicas %s and %s", c, a.Function, a.Namespace, a.Replica, b.Replica)
+		}
 	}
 }

@@ -57,7 +57,13 @@ type Server struct {
 	// Peers knows the other replicas of the function, for calls of ranks; nil
 	// means that they are not known. Serve closes it in the end.
 	Peers *peer.Book
-	Log   *slog.Logger // nil means slog.Default
+	// Hello is where the replica announces itself, as
+	// http://sheaf-connector:8080/hello, for as long as it serves; "" means
+	// nowhere.
+	Hello string
+	// Namespace is that of the function, where it announces itself.
+	Namespace string
+	Log       *slog.Logger // nil means slog.Default
 	// Signer is for whoever signs or checks blocks and results; nil when they
 	// are not signed.
 	Signer *wire.Signer
@@ -74,9 +80,10 @@ type Server struct {
 // sheaf_listen (host:port), max_inflight, healthcheck_interval (2s; the
 // Linger), write_timeout (the Grace), OPENFAAS_NAME or sheaf_function,
 // sheaf_replica or HOSTNAME, sheaf_version (that of the build), what
-// [Vars.Signer] reads, and replicas_url (where the record of replicas is;
-// OPENFAAS_NAMESPACE is part of the function's name there). The error names the
-// variable, its value and what was expected.
+// [Vars.Signer] reads, replicas_url (where the record of replicas is;
+// OPENFAAS_NAMESPACE is part of the function's name there), and hello_url (where
+// the replica announces itself; one that has no name of its own gets one). The
+// error names the variable, its value and what was expected.
 func Env(getenv func(string) string) (*Server, error) {
 	v := Vars{Getenv: getenv}
 	s := &Server{
@@ -95,6 +102,7 @@ func Env(getenv func(string) string) (*Server, error) {
 	if s.Signer = v.Signer(); s.Signer != nil && s.Function == "" {
 		v.fail("sheaf_function", "", "the function's name, because sheaf_key_file is set and signatures are over it")
 	}
+	s.hello(&v)
 	// Nothing is asked there before somebody wants to know.
 	record := v.String("replicas_url", "http://sheaf-connector.openfaas:8080/replicas")
 	function := s.Function
@@ -282,6 +290,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	served := make(chan error, 1)
 	go func() { served <- serve() }()
+	said := s.announce(ctx, l.Addr(), log)
+	defer said()
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
@@ -338,7 +348,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.ready(w)
 		return
 	case "/_/sheaf":
-		s.identity(w)
+		s.identity(w, r)
 		return
 	}
 	if strings.HasPrefix(r.URL.Path, rankPath) && r.Header[wire.Hop] == nil {
@@ -417,13 +427,21 @@ type Identity struct {
 	Inflight    int64  `json:"inflight"`
 	MaxInflight int    `json:"max_inflight"`
 	Draining    bool   `json:"draining"`
+	// Namespace and Proof answer a challenge; see [wire.Signer.Prove].
+	Namespace string `json:"namespace,omitempty"`
+	Nonce     string `json:"nonce,omitempty"`
+	Proof     string `json:"proof,omitempty"`
 }
 
-func (s *Server) identity(w http.ResponseWriter) {
-	body, err := json.Marshal(Identity{
+func (s *Server) identity(w http.ResponseWriter, r *http.Request) {
+	i := Identity{
 		Function: s.Function, Replica: s.Replica, Version: s.Version, Wire: wire.Version,
 		Inflight: s.inflight.Load(), MaxInflight: s.MaxInflight, Draining: s.draining.Load(),
-	})
+	}
+	if nonce := r.URL.Query().Get("nonce"); nonce != "" {
+		s.prove(&i, nonce, r)
+	}
+	body, err := json.Marshal(i)
 	if err != nil {
 		wire.Refuse(http.StatusInternalServerError, wire.CodeFailed, err.Error()).Write(w)
 		return
