@@ -66,7 +66,8 @@ func main() {
 
 // ask prints what a URL answers. The exit code is 0 if it does at all.
 func ask(url string) int {
-	client := http.Client{Timeout: 5 * time.Second}
+	client := http.Client{Timeout: 5 * time.Second, Transport: new(http.Transport), // no proxy
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	resp, err := client.Get(url)
 	if err != nil {
 		fmt.Println(err)
