@@ -207,7 +207,7 @@ func (s *scatter) run(blocks iter.Seq2[Block, error], yield func(Result, error) 
 // setTimer sets the timer for what comes next: the machine's tick, or the first
 // deadline of an attempt that the starter carries.
 func (s *scatter) setTimer() {
-	for len(s.timed) > 0 && s.timed[0].over {
+	for len(s.timed) > 0 && (s.timed[0].over || s.timed[0].timedOut) {
 		s.timed = s.timed[1:]
 	}
 	next := s.tick

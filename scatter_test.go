@@ -804,3 +804,22 @@ func TestScatterLetsGo(t *testing.T) {
 		t.Errorf("got %d", n)
 	}
 }
+
+// A scatter sleeps while a call whose time is over takes long to end.
+func TestScatterWaitsForLateEnds(t *testing.T) {
+	t.Parallel()
+	bubble(t, "late", func(t *testing.T) {
+		r := &route{f: func(ctx context.Context, req *sheaf.Request) (*sheaf.Reply, error) {
+			if req.Attempt > 1 {
+				return nil, nil
+			}
+			reply, err := hang(ctx)
+			time.Sleep(time.Second)
+			return reply, err
+		}}
+		g := sheaf.Group{Route: by(t, r), Resolver: ready(2), Timeout: time.Second, NoHedge: true}
+		if results, err := drain(t, g.Scatter(t.Context(), words(1))); err != nil || len(results) != 1 {
+			t.Errorf("%d results, %v", len(results), err)
+		}
+	})
+}
