@@ -43,6 +43,7 @@ type master struct {
 	cutUntil      time.Duration
 	connection    int
 	watched       time.Duration // when the last entry that is on its way comes
+	reads         time.Duration // when it goes on to read what comes
 	gone          map[string]bool
 	last          time.Time // when it looked around last
 	view          sheaf.View
@@ -127,6 +128,10 @@ func (m *master) goOn() {
 	if m.stoppedUntil > m.w.now {
 		m.w.after(m.stoppedUntil-m.w.now, m.goOn)
 		return
+	}
+	m.reads = m.w.now
+	if m.w.rnd.IntN(2) == 0 { // what others wrote it may read last
+		m.reads += m.w.ms(0, 30)
 	}
 	held := m.held
 	m.held = nil
@@ -214,11 +219,17 @@ func (m *master) entry(do func()) {
 	}
 	m.watched = max(m.watched+time.Microsecond, w.now+d)
 	connection := m.connection
-	m.later(m.watched-w.now, func() {
-		if connection == m.connection {
+	var read func()
+	read = func() {
+		switch {
+		case connection != m.connection:
+		case w.now < m.reads:
+			m.later(m.reads-w.now, read)
+		default:
 			do()
 		}
-	})
+	}
+	m.later(m.watched-w.now, read)
 }
 
 // process1 is the host of a master.
@@ -635,6 +646,7 @@ type simJob struct {
 	accepted, cancelled bool
 	poison, reject      int // a block, or -1
 	failures, legs      map[int]int
+	pace                int // how much longer than a short one a block takes
 
 	known Record
 }
@@ -721,6 +733,7 @@ func (w *world) newJob() {
 	if w.rnd.IntN(4) == 0 {
 		j.legs[w.rnd.IntN(j.blocks)] = 1 + w.rnd.IntN(3)
 	}
+	j.pace = []int{1, 10, 60}[w.rnd.IntN(3)]
 	w.jobs = append(w.jobs, j)
 	w.after(w.ms(0, 1500), func() {
 		w.spawn(nil, func() { j.send(0) })
@@ -819,7 +832,14 @@ func (j *simJob) send(client int) {
 }
 
 func (j *simJob) submit(m *master, name string, input []byte) (Record, error) {
-	u, err := m.s.Upload(context.Background(), j.id, name)
+	ctx := context.Background()
+	if j.w.chance(100) {
+		j.w.met("client leaves")
+		short, stop := m.s.host.within(ctx, j.w.ms(0, 30))
+		defer stop()
+		ctx = short
+	}
+	u, err := m.s.Upload(ctx, j.id, name)
 	if err != nil {
 		return Record{}, err
 	}
@@ -827,23 +847,25 @@ func (j *simJob) submit(m *master, name string, input []byte) (Record, error) {
 	if _, err := u.Write(input); err != nil {
 		return Record{}, err
 	}
-	r, _, err := u.Submit(context.Background(), Record{Digest: fmt.Sprintf("%x", input), Input: Input{Bytes: int64(len(input)), Blocks: j.blocks}})
+	r, _, err := u.Submit(ctx, Record{Digest: fmt.Sprintf("%x", input), Input: Input{Bytes: int64(len(input)), Blocks: j.blocks}})
 	return r, err
 }
 
 // look has a job that failed run again, now and then.
 func (j *simJob) look() {
 	w := j.w
-	for range 2 {
-		for j.record().State != Failed {
+	for range 3 {
+		hasty := w.chance(100) // and sees only then that it has not failed
+		for !j.accepted || !hasty && j.record().State != Failed {
 			if w.calm {
 				return
 			}
-			w.sleep(250 * time.Millisecond)
+			w.sleep(w.ms(50, 450))
 		}
 		if w.calm || w.rnd.IntN(2) == 0 {
 			return
 		}
+		w.sleep(w.ms(0, 2000))
 		w.met("redrive")
 		_ = j.ask(func(m *master) error { // that it has not failed, or is another's to see
 			ctx, stop := m.s.host.within(context.Background(), 10*time.Second)
@@ -1001,7 +1023,7 @@ func (w *world) call(r *run, req *sheaf.Request) (*sheaf.Reply, error) {
 	rep.running++
 	defer func() { rep.running-- }()
 	j, i := r.j, req.Index
-	d := w.ms(1, 10) * time.Duration(rep.slow)
+	d := w.ms(1, 10) * time.Duration(min(j.pace*rep.slow, 200))
 	if rep.slow > 1 {
 		w.met("straggler")
 	}

@@ -105,22 +105,22 @@ func (r remote) call(ctx context.Context, do func() answer) answer {
 	}
 	there, back := w.ms(0, 2), w.ms(0, 2)
 	arrives, returns := true, true
-	again := false
+	again, limited := false, false
 	switch {
 	case m.cut():
 		// The client keeps what it could not send, and sends it later.
-		returns = false
-		if arrives = w.rnd.IntN(3) == 0; arrives {
+		if arrives = w.rnd.IntN(2) == 0; arrives {
 			w.met("late write")
-			there = max(m.cutUntil-w.now, w.shelf.awayUntil-w.now, 0) + w.ms(1, 300)
+			there = max(m.cutUntil-w.now, w.shelf.awayUntil-w.now, 0) + w.ms(1, 30)
 		}
-	case w.chance(20):
+		limited = true
+	case w.chance(20 * w.storm):
 		w.met("request lost")
 		arrives = false
-	case w.chance(30):
+	case w.chance(30 * w.storm):
 		w.met("answer lost")
 		returns = false
-	case w.chance(20):
+	case w.chance(20 * w.storm):
 		w.met("late write")
 		there, returns = w.ms(500, 5000), false
 	case w.chance(20):
@@ -148,7 +148,7 @@ func (r remote) call(ctx context.Context, do func() answer) answer {
 			}
 		})
 	}
-	if !arrives || !returns {
+	if limited || !arrives || !returns {
 		limit := w.now + 5*time.Second
 		if d, ok := ctx.Value(deadlineKey{}).(time.Duration); ok {
 			limit = min(limit, d)

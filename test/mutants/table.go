@@ -127,4 +127,85 @@ var mutants = []mutant{
 	{"functions may write the record of replicas", "local/permissions.go", [][2]string{{
 		"\"$KV.sheaf-jobs.>\",", "\"$KV.>\",",
 	}}, "./local", "Control07"},
+
+	// What the simulation of masters and jobs finds in its first thousand seeds.
+	{"results are written whoever has the job", "job/lease.go", [][2]string{{
+		"return s.shelf.putUnder(ctx, key, data, state, l.fence) })",
+		"\n\t\t\te, err := s.shelf.get(ctx, state)\n\t\t\tif err != nil {\n\t\t\t\treturn err\n\t\t\t}\n\t\t\treturn s.shelf.putUnder(ctx, key, data, state, e.Revision())\n\t\t})",
+	}}, "./job", "TestSimulation/first"},
+	{"a record is written whoever wrote it meanwhile", "job/store.go", [][2]string{{
+		"\t\tr.Revision, err = s.shelf.update(ctx, s.key(r.ID, \"state\"), body, r.Revision)",
+		"\t\tif e, bad := s.shelf.get(ctx, s.key(r.ID, \"state\")); bad == nil {\n\t\t\tr.Revision = e.Revision()\n\t\t}\n\t\tr.Revision, err = s.shelf.update(ctx, s.key(r.ID, \"state\"), body, r.Revision)",
+	}}, "./job", "TestSimulation/first"},
+	{"a run that goes on overlooks results", "job/lease.go", [][2]string{{
+		"\t\t\tif i, err := strconv.Atoi(index); err == nil {\n\t\t\t\tdone",
+		"\t\t\tif i, err := strconv.Atoi(index); err == nil && i != 1 {\n\t\t\t\tdone",
+	}}, "./job", "TestSimulation/first"},
+	{"a job ends before its results are stored", "job/lease.go", [][2]string{{
+		"func (l *Lease) Wait() { l.s.host.wait(&l.pending) }",
+		"func (l *Lease) Wait() {}",
+	}}, "./job", "TestSimulation/first"},
+	{"a job that has succeeded is run again", "job/store.go", [][2]string{{
+		"\t\tif r.State != Failed {\n",
+		"\t\tif !r.State.Final() {\n",
+	}}, "./job", "TestSimulation/first"},
+	{"a job that is over is cancelled", "job/store.go", [][2]string{{
+		"\t\tif r.State.Final() {\n\t\t\treturn false, nil",
+		"\t\tif r.State == Cancelled {\n\t\t\treturn false, nil",
+	}}, "./job", "TestSimulation/first"},
+	{"another input is accepted under the same key", "job/input.go", [][2]string{{
+		"\tif there.Digest != r.Digest {",
+		"\tif false {",
+	}}, "./job", "TestSimulation/first"},
+	{"claims are not counted", "job/lease.go", [][2]string{{
+		"s.cfg.Master, r.Epoch+1",
+		"s.cfg.Master, max(1, r.Epoch)",
+	}}, "./job", "TestSimulation/first"},
+	{"an end that another one wrote counts as one's own", "job/lease.go", [][2]string{{
+		"there.Revision != l.fence && there.Epoch == r.Epoch && there.Owner == r.Owner && there.State == r.State && there.Redrives == r.Redrives",
+		"there.Revision != l.fence",
+	}}, "./job", "TestSimulation/first"},
+	{"the input of a job that may be stored is dropped", "job/input.go", [][2]string{{
+		"\t\t\tu.keep() // the record",
+		"\t\t\t_ = u.keep // the record",
+	}}, "./job", "TestSimulation/first"},
+	{"an upload that is dropped takes that of its job along", "job/input.go", [][2]string{{
+		"id+\".\"+upload+\".>\"",
+		"id+\".>\"",
+	}}, "./job", "TestSimulation/first"},
+	{"jobs of silent masters are left", "job/lease.go", [][2]string{{
+		"\treturn now.Sub(heard) > s.cfg.Lease\n",
+		"\treturn false && now.Sub(heard) > s.cfg.Lease\n",
+	}}, "./job", "TestSimulation/first"},
+	{"an older record takes the place of a newer one", "job/store.go", [][2]string{{
+		"\tif j.Revision >= r.Revision {\n\t\treturn\n\t}\n\tif r.State",
+		"\tif r.State",
+	}}, "./job", "TestSimulation/first"},
+	{"what a handler saved is given to another block", "job/lease.go", [][2]string{{
+		"l.s.key(l.rec.ID, \"saved.\"+strconv.Itoa(block))",
+		"l.s.key(l.rec.ID, \"saved.0\")",
+	}, {
+		"\tif !l.saved[block] {",
+		"\tif !l.saved[0] {",
+	}}, "./job", "TestSimulation/first"},
+	{"a run ends itself by its own claim", "job/store.go", [][2]string{{
+		"l != nil && !l.own && revision",
+		"l != nil && revision",
+	}}, "./job", "TestSimulation/first"},
+	{"a claim that is not answered is taken for granted", "job/lease.go", [][2]string{{
+		"there.Owner == r.Owner && there.Epoch == r.Epoch && there.State == Running",
+		"there.Epoch == r.Epoch && there.State == Running",
+	}}, "./job", "TestSimulation/first"},
+	{"the results of a job are dropped when it fails", "job/lease.go", [][2]string{{
+		"\t\tif r.State != Failed { // one that failed may run again\n",
+		"\t\tif r.State != Cancelled {\n",
+	}}, "./job", "TestSimulation/first"},
+	{"a job that is queued again keeps its end", "job/store.go", [][2]string{{
+		"r.State, r.Owner, r.Redrives, r.Deaths = Queued, \"\", r.Redrives+1, 0",
+		"r.State, r.Owner, r.Deaths = Queued, \"\", 0",
+	}}, "./job", "TestSimulation/first"},
+	{"an attempt that another one beat counts, too", "internal/schedule/schedule.go", [][2]string{{
+		"\tif a.block < m.low || m.block(a.block).settled {\n\t\treturn // another attempt won",
+		"\tif a.block < m.low {\n\t\treturn // another attempt won",
+	}}, "./job", "TestSimulation/first"},
 }
