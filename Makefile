@@ -21,7 +21,7 @@ check: ## Exactly what CI runs
 lint: ## gofmt, vet, staticcheck, go fix, go.mod
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
 	go vet ./...
-	go vet -tags memory,languages ./test
+	go vet -tags memory,languages,machine ./test
 	go tool staticcheck ./...
 	go fix -diff ./...
 	go mod tidy -diff
@@ -69,6 +69,10 @@ soak: ## Run JOBS jobs (500) while workers (each KILL, 100ms), masters (MASTER, 
 .PHONY: reliability
 reliability: ## Run the soak, simulations and fault suites, and write docs/RELIABILITY.md anew
 	go run ./test/reliability -jobs $(JOBS) -kill $(KILL) -master $(MASTER) -nats $(NATS) -seed $(SEED)
+
+.PHONY: faults
+faults: ## Run jobs on a disk that is full; it mounts one, which takes root
+	go test ./test -tags machine -run TestDiskFull -v -count=1 -timeout 10m
 
 kills: ## Kill masters at each step that they store, and each 300ms while JOBS jobs (500) run
 	go test ./test -run 'TestSoak$$|TestMasterDiesAtEachStep' $(SOAK) -soak.master 300ms -soak.nats 0

@@ -46,6 +46,7 @@ var suites = []struct{ what, room, run string }{
 	{"masters killed before and after each step that they store; stopped past their lease", "./test", "TestMasterDiesAtEachStep|TestMasterStopsPastItsLease"},
 	{"workers killed, hung, scaled away; the record stale; NATS away; the client gone", "./test", "TestKillsWhileJobsRun|TestHungWorker|TestAllButOneKilled|TestNATSAway|TestScaleWhileJobsRun|TestClientGoes|TestResumeFromCheckpoint"},
 	{"no room in the store of jobs", "./test", "TestStoreOfJobsIsFull"},
+	{"few descriptors; addresses that are another function's by now", "./test", "TestFewDescriptors|TestAddressOfAnother"},
 	{"asynchronous calls: replicas that die, the stack stopped and killed, callbacks that fail", "./local", "TestAsync|TestCallback"},
 	{"buses ended and started again, work slower than the acknowledgement, connectors ended", "./broker ./connector", "."},
 	{"the record of replicas: NATS away, providers that fail, streams that stall", "./registry", "."},
