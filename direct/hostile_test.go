@@ -200,3 +200,36 @@ func TestEachCallGetsItsOwnAnswer(t *testing.T) {
 		}
 	}
 }
+
+// The address of a replica passed to another function, which answers with a
+// digest and does not name itself: that is no answer of the replica.
+func TestAddressOfSomebodyElse(t *testing.T) {
+	name := wire.Replica + ": r1\r\n"
+	var calls atomic.Int64
+	to := listen(t, func(c net.Conn, _ int64) {
+		in := bufio.NewReader(c)
+		for {
+			if _, err := take(in); err != nil {
+				return
+			}
+			head := "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n" + wire.Digest + ": " + wire.Sum([]byte("pong")) + "\r\n"
+			if calls.Add(1) == 1 {
+				head += name
+			}
+			_, _ = io.WriteString(c, head+"\r\npong")
+		}
+	})
+	r := open(t)
+	if reply, err := r.Call(t.Context(), block(to, "ping")); err != nil || reply.From != "r1" {
+		t.Fatalf("got %v %v", reply, err)
+	}
+	reply, err := r.Call(t.Context(), block(to, "ping"))
+	if ce, ok := errors.AsType[*sheaf.CallError](err); !ok || ce.Fault != sheaf.FaultRefused {
+		t.Errorf("got %v %v, want FaultRefused", reply, err)
+	}
+	other := block(to, "ping") // of a function whose replicas never named themselves
+	other.Function = "any"
+	if _, err := r.Call(t.Context(), other); err != nil {
+		t.Error(err)
+	}
+}

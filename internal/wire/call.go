@@ -36,6 +36,7 @@ type Caller struct {
 
 	proved sync.Map // of functions: an answer carried a digest
 	signed sync.Map // of functions: an answer was signed
+	named  sync.Map // of functions: an answer to an addressee named it
 }
 
 // NewHTTP returns a client for calls to replicas: connections are kept alive,
@@ -143,6 +144,7 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 		return nil, &sheaf.CallError{Fault: f, Status: resp.StatusCode, From: req.To.ID, Err: err}
 	}
 	from := resp.Header.Get(Replica)
+	named := from != "" && req.To.ID != ""
 	if req.To.ID != "" {
 		if from != "" && from != req.To.ID {
 			return fail(sheaf.FaultRefused, fmt.Errorf("its address is now that of replica %s", Cut(from)))
@@ -174,6 +176,8 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 	switch {
 	case err != nil:
 		return fail(sheaf.FaultLost, fmt.Errorf("answer of %d bytes: %w", len(body), err))
+	case req.To.ID != "" && !named && has(&c.named, req.Function):
+		return fail(sheaf.FaultRefused, errors.New("its address is now somebody's who does not name himself, and others of this function do"))
 	case more && !proved:
 		return fail(sheaf.FaultLost, fmt.Errorf("%w: what a handler saves must have one", sheaf.ErrUnverified))
 	case proved:
@@ -188,7 +192,15 @@ func (c *Caller) Judge(req *sheaf.Request, proof Proof, resp *http.Response) (*s
 			return fail(sheaf.FaultTask, fmt.Errorf("%w and is empty, as that of a replica that died; have the function answer 204 when it has no result, or set %s", sheaf.ErrUnverified, Digest))
 		}
 	}
+	if named && !has(&c.named, req.Function) {
+		c.named.Store(req.Function, nil)
+	}
 	return &sheaf.Reply{Body: body, From: from, Verified: proved, More: more}, nil
+}
+
+func has(functions *sync.Map, name string) bool {
+	_, ok := functions.Load(name)
+	return ok
 }
 
 // A Passed is the answer to a message that is no block.
