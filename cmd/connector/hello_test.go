@@ -48,8 +48,8 @@ func TestHello(t *testing.T) {
 	defer cancel()
 	ended := make(chan error, 2)
 	go func() { ended <- d.run(ctx) }()
-	env = map[string]string{"sheaf_function": "worker", "sheaf_listen": "127.0.0.1:0", "hello_url": at + "/hello", "sheaf_key_file": key, "healthcheck_interval": "0"}
-	replica, err := serve.Env(func(name string) string { return env[name] })
+	own := map[string]string{"sheaf_function": "worker", "sheaf_listen": "127.0.0.1:0", "hello_url": at + "/hello", "sheaf_key_file": key, "healthcheck_interval": "0"}
+	replica, err := serve.Env(func(name string) string { return own[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
