@@ -52,9 +52,10 @@ memory: ## Send 1 GiB through sheaf run and print peak memory
 	go test ./test -tags memory -run Memory -v -count=1
 
 SEEDS ?= 1000000
-sim: ## Simulate SEEDS seeds (1,000,000) of the scheduler, and of masters, jobs and replicas
+sim: ## Simulate SEEDS seeds (1,000,000) of the scheduler, of jobs and masters, and of watchers
 	go test ./internal/schedule -run TestSimulation -seeds $(SEEDS) -v -timeout 3h
 	go test ./job -run 'TestSimulation$$' -seeds $(SEEDS) -v -timeout 3h
+	go test ./registry -run 'TestSimulation$$' -seeds $(SEEDS) -v -timeout 3h
 
 JOBS ?= 500
 KILL ?= 100ms

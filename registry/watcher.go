@@ -60,7 +60,10 @@ type Watcher struct {
 	made   time.Time        // when it was made
 	last   uint64           // the greatest revision seen
 	known  map[string]*watched
+	round  int // of the source: how many streams have broken
 	lease  *lease
+	// erase is kv.Delete of a given revision; the simulator of sim_test.go has another.
+	erase func(ctx context.Context, key string, last uint64) error
 
 	counting sync.Mutex // guards stats
 	stats    Stats
@@ -99,6 +102,7 @@ type watched struct {
 	view    *sheaf.View           // of the source; nil before it told
 	former  []sheaf.Replica       // from the bucket, until the source tells
 	dated   []sheaf.Replica       // as they were written, or are about to be
+	told    int                   // the round in which the source told of it
 	missed  int                   // lists of the provider in a row that lack it
 	written Record                // what the bucket holds; Epoch 0: not known
 	erased  bool                  // the bucket holds nothing of it
@@ -119,6 +123,9 @@ func (w *Watcher) Run(ctx context.Context) error {
 		w.Period = time.Second
 	}
 	w.known = make(map[string]*watched)
+	w.erase = func(ctx context.Context, key string, last uint64) error {
+		return w.kv.Delete(ctx, key, jetstream.LastRevision(last))
+	}
 	js, err := jetstream.New(w.Conn)
 	if err != nil {
 		return fmt.Errorf("watcher: %w", err)
@@ -168,6 +175,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 			w.lease.unfit = time.Time{}
 			w.count(func(s *Stats) { s.SourceUp = true })
 		case <-broken:
+			w.round++
 			if w.lease.unfit.IsZero() {
 				w.lease.unfit = time.Now()
 			}
@@ -367,6 +375,11 @@ func (w *Watcher) seen(v sheaf.View) {
 	case v.Function == "": // a heartbeat, by when the source has told all
 		for _, k := range w.known {
 			k.former = nil
+			if k.view != nil && k.told != w.round { // it went while nobody heard it
+				if k.view = nil; k.status == nil {
+					k.missed = goneAfter
+				}
+			}
 		}
 	case v.Desired == unknown && len(v.Replicas) == 0:
 		if k := w.known[Key(v.Function)]; k != nil {
@@ -378,7 +391,7 @@ func (w *Watcher) seen(v sheaf.View) {
 		}
 	default:
 		k := w.of(Key(v.Function))
-		k.view, k.former, k.missed = &v, nil, 0
+		k.view, k.former, k.missed, k.told = &v, nil, 0, w.round
 	}
 }
 
@@ -503,7 +516,7 @@ func (w *Watcher) put(ctx context.Context, key string, rec Record, here bool) er
 		switch {
 		case err != nil:
 		case !here:
-			err = w.kv.Delete(ctx, key, jetstream.LastRevision(epoch))
+			err = w.erase(ctx, key, epoch)
 			epoch = 0
 		case epoch == 0:
 			epoch, err = w.kv.Create(ctx, key, body)
