@@ -6,6 +6,8 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -38,13 +40,26 @@ func conformAt(t *testing.T, code int, args ...string) (all conformed, of map[st
 	return all, of
 }
 
-// On a stack of its own all holds, but for the bus that is not in the command.
+// On a stack of its own all holds, but for the bus that is not in the command;
+// and the page on reliability has the same promises.
 func TestConform(t *testing.T) {
-	_, of := conformAt(t, 0)
+	all, of := conformAt(t, 0)
 	for check, result := range of {
 		if result != "holds" && check != "topic-stan" {
 			t.Errorf("%s: %s", check, result)
 		}
+	}
+	page, err := os.ReadFile("../docs/RELIABILITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range all.Checks {
+		if !strings.Contains(string(page), fmt.Sprintf("| %s | %s | %s | `%s` | %s:", c.Path, c.Promise, c.Effects, c.Check, c.Result)) {
+			t.Errorf("docs/RELIABILITY.md lacks %s (make reliability writes it anew)", c.Check)
+		}
+	}
+	if !regexp.MustCompile(`\*\*wrong answers\*\* \| \*\*0\*\* \|\n\| \*\*jobs lost\*\* \| \*\*0\*\*`).Match(page) {
+		t.Error("docs/RELIABILITY.md does not tell of a soak without wrong answers and lost jobs")
 	}
 }
 

@@ -197,8 +197,8 @@ func (d *watchdog) see(e jetstream.KeyValueEntry) {
 }
 
 // check fails the test for whatever was wrong, and returns how many results
-// were stored.
-func (d *watchdog) check(t *testing.T) (results int) {
+// were stored, and how much was wrong.
+func (d *watchdog) check(t *testing.T) (results, wrong int) {
 	t.Helper()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -206,7 +206,7 @@ func (d *watchdog) check(t *testing.T) (results int) {
 		t.Error(f)
 	}
 	t.Logf("%d results and %d claims were stored, %d of them wrongly", d.results, d.claims, len(d.faults))
-	return d.results
+	return d.results, len(d.faults)
 }
 
 // persist sends a request until it is answered by a master, as a client that

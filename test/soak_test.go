@@ -61,7 +61,8 @@ type report struct {
 	Again   int            // requests that were not answered, or refused for now, and sent again
 	Blocks  int            // that were run
 	Repeats int            // of blocks
-	Stored  int            // results of blocks of jobs, none by a master that had lost its job
+	Stored  int            // results of blocks of jobs
+	Stale   int            // of those and of final states, by a master that had lost its job
 }
 
 // soak is a soak under way.
@@ -468,7 +469,7 @@ func TestSoak(t *testing.T) {
 			r.Repeats += n - 1
 		}
 	}
-	r.Stored = dog.check(t)
+	r.Stored, r.Stale = dog.check(t)
 	right, faults := 0, 0
 	for n := range maps.Values(r.Jobs) {
 		right += n

@@ -31,12 +31,12 @@ const (
 
 // report is what TestSoak writes.
 type report struct {
-	Seed                     uint64
-	Command, Commit, Machine string
-	Seconds                  float64
-	Jobs, Faults, Failed     map[string]int
-	Wrong, Lost, Again       int
-	Blocks, Repeats, Stored  int
+	Seed                      uint64
+	Command, Commit, Machine  string
+	Seconds                   float64
+	Jobs, Faults, Failed      map[string]int
+	Wrong, Lost, Again, Stale int
+	Blocks, Repeats, Stored   int
 }
 
 // suites are tests that inject faults one by one.
@@ -129,7 +129,7 @@ func soak(out *strings.Builder, file string) error {
 		failed += n
 	}
 	fmt.Fprintf(out, "| jobs that said that they failed, and were right when done again | %d |\n", failed)
-	fmt.Fprintf(out, "| requests that were sent again | %d |\n| blocks run, of which again | %d, %d |\n| results stored, by masters that had lost their job | %d, 0 |\n\n", r.Again, r.Blocks, r.Repeats, r.Stored)
+	fmt.Fprintf(out, "| requests that were sent again | %d |\n| blocks run, of which again | %d, %d |\n| results stored, by masters that had lost their job | %d, %d |\n\n", r.Again, r.Blocks, r.Repeats, r.Stored, r.Stale)
 	fmt.Fprintf(out, "| fault | times |\n|---|---|\n")
 	for _, k := range slices.Sorted(maps.Keys(r.Faults)) {
 		fmt.Fprintf(out, "| %s | %d |\n", k, r.Faults[k])
