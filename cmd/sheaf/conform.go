@@ -144,7 +144,7 @@ func conform(ctx context.Context, args []string, s std) error {
 		return err
 	}
 	c := &conformance{url: strings.TrimSuffix(*url, "/"), rnd: rand.New(rand.NewPCG(1, 1)),
-		client: &http.Client{Timeout: time.Minute, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
+		client: &http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableCompression: true}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
 	defer c.client.CloseIdleConnections()
 	if c.url == "" {
 		end, err := c.start(ctx, s, *verbose)

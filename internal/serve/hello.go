@@ -67,7 +67,7 @@ func (s *Server) announce(ctx context.Context, at net.Addr, log *slog.Logger) (w
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: helloTimeout,
+		client := &http.Client{Transport: &http.Transport{DisableCompression: true, DisableKeepAlives: true}, Timeout: helloTimeout,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 		pause, failing := helloFirst, false
 		for ctx.Err() == nil {
